@@ -1,0 +1,1 @@
+//! Distributed shared memory of guest-physical pages.

@@ -1,0 +1,1 @@
+//! Virtio devices over PCI, and the PCI root they sit on.

@@ -1,0 +1,1 @@
+//! Hosts, sessions and their control.

@@ -1,0 +1,4 @@
+//! krg-vmm: one large SMP machine over several hosts.
+
+pub mod cluster;
+pub mod machine;

@@ -1,0 +1,1 @@
+//! The machine one host runs: vCPUs, interrupts, firmware tables, device bus.
