@@ -1,0 +1,131 @@
+//! One node: the machine's part on this host, joined to its peers.
+//!
+//! The cluster side (`crate::cluster`) authenticates, agrees on a [`NodeSpec`] and connects the
+//! peers; [`run`] then builds memory, machine and devices and runs until the machine ends.
+
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
+
+use krg_scheduler::Placement;
+use serde::{Deserialize, Serialize};
+
+/// How page-table pages that several hosts walk are kept (`--page-tables`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PageTables {
+    /// Chosen by CPU vendor and `kvm_intel.eptad`.
+    Auto,
+    /// Every host keeps a writable copy; differences are merged before anything leaves a host.
+    Replicate,
+    /// Like any other page: one writer.
+    Share,
+}
+
+/// A disk of the guest, opened by node 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Path on node 0's host.
+    pub path: PathBuf,
+    /// Write through to the image instead of to a private overlay.
+    pub persist: bool,
+}
+
+/// What the guest boots, read by node 0 on its own host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSpec {
+    /// Kernel file; `None`: found inside the first disk.
+    pub kernel: Option<PathBuf>,
+    /// Initrd file, with `kernel`.
+    pub initrd: Option<PathBuf>,
+    /// With `kernel`: the whole command line. Without: appended to the image's own.
+    pub append: Option<String>,
+}
+
+/// Everything one node has to know to run its part of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSpec {
+    /// The machine's name (`--name`).
+    pub name: String,
+    /// This node's number: its place in `placement.hosts`. Node 0 has the devices.
+    pub node: usize,
+    /// vCPUs and memory of every host.
+    pub placement: Placement,
+    /// What people call each host (`address` of the hosts file), for messages.
+    pub host_names: Vec<String>,
+    /// Guest disks in order; used by node 0.
+    pub disks: Vec<DiskSpec>,
+    /// Name of a tap interface on node 0's host for virtio-net.
+    pub net: Option<String>,
+    /// What to boot; used by node 0.
+    pub boot: BootSpec,
+    /// Page-table protocol.
+    pub page_tables: PageTables,
+    /// CPUID leaves all hosts have in common, as computed by the front end from the nodes' offers;
+    /// empty for a single host: its own.
+    pub cpuid: Vec<CpuidLeaf>,
+    /// TSC frequency of node 0 in kHz.
+    pub tsc_khz: u32,
+}
+
+/// One CPUID leaf, as KVM_GET_SUPPORTED_CPUID gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidLeaf {
+    /// EAX on input.
+    pub function: u32,
+    /// ECX on input.
+    pub index: u32,
+    /// KVM_CPUID_FLAG_*.
+    pub flags: u32,
+    /// Output registers.
+    pub eax: u32,
+    /// Output registers.
+    pub ebx: u32,
+    /// Output registers.
+    pub ecx: u32,
+    /// Output registers.
+    pub edx: u32,
+}
+
+/// What the world around a node may tell it while it runs.
+pub enum NodeInput {
+    /// Bytes typed on the console (node 0).
+    Console(Vec<u8>),
+    /// Stop now: the front end is gone or the user asked; the text says which.
+    Stop(String),
+}
+
+/// What a node tells the world around it.
+pub trait NodeOutput: Send + Sync {
+    /// Bytes the guest wrote to its console (node 0).
+    fn console(&self, bytes: &[u8]);
+    /// A line worth showing to people, and its machine form (`{"event": ...}`).
+    fn event(&self, line: &str, json: serde_json::Value);
+}
+
+/// How a node's run ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeEnd {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset, or triple-faulted (`true`).
+    Reset(bool),
+    /// A peer was lost: its node number.
+    PeerLost(usize),
+    /// Told to stop.
+    Stopped(String),
+    /// Could not go on: one line for people.
+    Failed(String),
+}
+
+/// Runs this node's part until the machine ends. `peers[i]` is the authenticated connection to
+/// node `i`, `None` at this node's own place. Returns after every vCPU, device and thread has
+/// stopped and every file is closed.
+pub fn run(
+    spec: NodeSpec,
+    peers: Vec<Option<TcpStream>>,
+    input: Receiver<NodeInput>,
+    output: std::sync::Arc<dyn NodeOutput>,
+) -> NodeEnd {
+    let _ = (spec, peers, input, output);
+    NodeEnd::Failed("the machine is not joined to the cluster yet".into())
+}
