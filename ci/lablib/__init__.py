@@ -1,0 +1,1 @@
+"""Emulated hosts and guest images: the parts of ci/lab and ci/image."""
