@@ -1,0 +1,27 @@
+//! Guest RAM of one node, and the page operations the coherence protocol does on it.
+//!
+//! [`GuestRam`] maps the RAM; devices and loaders reach it through [`GuestRam::memory`]. In a
+//! machine of several hosts [`UffdMemory`] puts it under userfaultfd: a page is absent, present
+//! and read-only, or present and writable, and every touch that its state does not allow becomes
+//! a [`Fault`] that a [`FaultSource`] hands to the protocol. It does not matter who touches: a
+//! vCPU inside KVM, a device thread, or the kernel on behalf of a system call.
+//!
+//! Pages go by a dense *page index*: 0 for the first page of the first RAM range, with no gaps
+//! between ranges.
+
+mod access;
+mod compare;
+mod error;
+mod fault;
+mod layout;
+mod ram;
+mod uffd;
+mod uffd_memory;
+
+pub use access::Access;
+pub use error::MemoryError;
+pub use fault::{Fault, FaultSource, FaultStop};
+pub use layout::{PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout, RamRange};
+pub use ram::{GuestRam, RamRegion};
+pub use uffd::Features;
+pub use uffd_memory::{MemoryState, UffdMemory};

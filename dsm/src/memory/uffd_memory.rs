@@ -1,0 +1,334 @@
+//! Page operations on guest RAM under userfaultfd.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+
+use serde::{Deserialize, Serialize};
+
+use crate::memory::access::AccessMap;
+use crate::memory::uffd::{Features, Uffd};
+use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_WORDS, compare};
+
+/// Version of [`MemoryState`].
+const STATE_VERSION: u32 = 1;
+/// Neighbouring pages that share a userfaultfd: 64 MiB.
+const STRIPE_PAGES: u32 = 1 << (26 - PAGE_SHIFT);
+
+/// The words of a page that is all zero.
+static ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
+
+/// Guest RAM under userfaultfd, as the coherence protocol uses it. Starts with every page absent.
+///
+/// Operations that find a page in the wrong state, or whose request the kernel refuses, change
+/// nothing and keep the first error for [`UffdMemory::failed`]; the node cannot go on then.
+/// Dropping it together with its fault sources ends coherence: waiting threads go on and see
+/// zero pages.
+#[derive(Debug)]
+pub struct UffdMemory {
+    ram: Arc<GuestRam>,
+    /// 64 MiB stripes go round these: the kernel's waiting lists are per descriptor and do not
+    /// scale beyond a few faulting CPUs each.
+    uffds: Vec<Arc<Uffd>>,
+    access: AccessMap,
+    failed: OnceLock<MemoryError>,
+}
+
+/// What of the memory's state is saved in a snapshot, beside the content of the present pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryState {
+    /// Version of this structure.
+    pub version: u32,
+    /// Guest-physical address and length in bytes of each RAM range.
+    pub ranges: Vec<(u64, u64)>,
+    /// Present pages: first page index, count, and access of each run.
+    pub runs: Vec<(u32, u32, Access)>,
+}
+
+impl UffdMemory {
+    /// Puts coherent RAM under `shards` userfaultfds (at least one) and returns one fault source
+    /// for each. All content is discarded: whatever was written before belongs to nobody.
+    ///
+    /// # Errors
+    /// RAM that is not coherent, no permission for userfaultfd, a kernel that lacks parts of it.
+    pub fn new(ram: Arc<GuestRam>, shards: usize) -> Result<(Self, Vec<FaultSource>), MemoryError> {
+        if !ram.coherent() {
+            return Err(MemoryError::NotCoherent);
+        }
+        let uffds = (0..shards.max(1))
+            .map(|_| Uffd::open().map(Arc::new))
+            .collect::<Result<Vec<_>, _>>()?;
+        let memory = Self {
+            access: AccessMap::new(ram.pages()),
+            ram,
+            uffds,
+            failed: OnceLock::new(),
+        };
+        for range in memory.ram.layout().ranges() {
+            let end = range.first + range.pages();
+            let mut first = range.first;
+            while first < end {
+                let next = (first / STRIPE_PAGES + 1).saturating_mul(STRIPE_PAGES).min(end);
+                let (uffd, address) = memory.at(first)?;
+                let len = u64::from(next - first) << PAGE_SHIFT;
+                // SAFETY: pages `first..next` are in one range, so contiguous in a private
+                // anonymous mapping that GuestRam keeps until the process ends and that is only
+                // accessed atomically.
+                unsafe { uffd.register(address, len) }?;
+                first = next;
+            }
+        }
+        memory.ram.discard_all()?;
+        let sources = memory
+            .uffds
+            .iter()
+            .map(|uffd| FaultSource::new(Arc::clone(&memory.ram), Arc::clone(uffd)))
+            .collect::<Result<_, _>>()?;
+        Ok((memory, sources))
+    }
+
+    /// The RAM underneath.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The kernel's optional features in use.
+    pub fn features(&self) -> Features {
+        self.uffds
+            .first()
+            .map_or(Features { thread_id: false }, |uffd| uffd.features())
+    }
+
+    /// The first error of any operation; once there is one, the node has to stop.
+    pub fn failed(&self) -> Option<MemoryError> {
+        self.failed.get().cloned()
+    }
+
+    /// What the guest may do with a page now; absent beyond the last page.
+    pub fn access(&self, page: u32) -> Access {
+        self.access.get(page)
+    }
+
+    /// The state to save, versioned. The content of present pages is saved apart.
+    pub fn save(&self) -> MemoryState {
+        let mut runs: Vec<(u32, u32, Access)> = Vec::new();
+        for page in 0..self.ram.pages() {
+            match (self.access(page), runs.last_mut()) {
+                (Access::Absent, _) => {}
+                (access, Some((first, count, last))) if *last == access && *first + *count == page => {
+                    *count += 1;
+                }
+                (access, _) => runs.push((page, 1, access)),
+            }
+        }
+        let ranges = self
+            .ram
+            .layout()
+            .ranges()
+            .iter()
+            .map(|range| (range.gpa, range.len))
+            .collect();
+        MemoryState {
+            version: STATE_VERSION,
+            ranges,
+            runs,
+        }
+    }
+
+    /// Installs the pages of a saved state; `content` gives each page's words. All pages must be
+    /// absent.
+    ///
+    /// # Errors
+    /// Another version or RAM layout, runs beyond the RAM or on present pages, or a failed page
+    /// operation.
+    pub fn restore(
+        &mut self,
+        state: &MemoryState,
+        mut content: impl FnMut(u32) -> Box<[u64; PAGE_WORDS]>,
+    ) -> Result<(), MemoryError> {
+        let refuse = |reason: String| Err(MemoryError::Saved { reason });
+        if state.version != STATE_VERSION {
+            return refuse(format!("version {} is not {STATE_VERSION}", state.version));
+        }
+        let ranges = self.ram.layout().ranges();
+        if !ranges
+            .iter()
+            .map(|range| (range.gpa, range.len))
+            .eq(state.ranges.iter().copied())
+        {
+            return refuse("its RAM ranges are not this machine's".into());
+        }
+        for &(first, count, access) in &state.runs {
+            let end = first.checked_add(count).filter(|end| *end <= self.ram.pages());
+            let Some(end) = end.filter(|_| access != Access::Absent) else {
+                return refuse(format!("run of {count} pages from {first} does not fit"));
+            };
+            for page in first..end {
+                self.try_install(page, &*content(page), access == Access::Writable, "restore")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Present to present and read-only; when it returns no write is under way.
+    pub fn protect(&mut self, page: u32) {
+        let result = self
+            .present(page, "protect")
+            .and_then(|()| self.at(page))
+            .and_then(|(uffd, address)| uffd.write_protect(address, true));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::ReadOnly);
+        }
+    }
+
+    /// Present to writable; wakes those who wait for the page.
+    pub fn unprotect(&mut self, page: u32) {
+        let result = self
+            .present(page, "unprotect")
+            .and_then(|()| self.at(page))
+            .and_then(|(uffd, address)| uffd.write_protect(address, false));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::Writable);
+        }
+    }
+
+    /// A copy of a present page, each word whole. A copy of a writable page is no snapshot: its
+    /// words may be from different moments. Zeros after an error.
+    pub fn read(&self, page: u32) -> Box<[u64; PAGE_WORDS]> {
+        let mut copy = Box::new(ZERO);
+        if self.keep(self.present(page, "read")).is_some() {
+            if let Some(words) = self.ram.words(page) {
+                for (to, from) in copy.iter_mut().zip(words) {
+                    *to = from.load(Ordering::Relaxed);
+                }
+            }
+            std::sync::atomic::fence(Ordering::Acquire);
+        }
+        copy
+    }
+
+    /// Absent to present with `data`, read-only unless `writable`; wakes those who wait for it.
+    pub fn install(&mut self, page: u32, data: &[u64; PAGE_WORDS], writable: bool) {
+        let result = self.try_install(page, data, writable, "install");
+        self.keep(result);
+    }
+
+    /// [`Self::install`] of a page of zeros.
+    pub fn install_zero(&mut self, page: u32, writable: bool) {
+        // Copied rather than UFFDIO_ZEROPAGE: that maps the kernel's one zero page, on which
+        // write protection does not hold and whose first write costs another fault.
+        let result = self.try_install(page, &ZERO, writable, "install");
+        self.keep(result);
+    }
+
+    /// Present to absent; when it returns nobody can reach the old content. Later touches fault.
+    pub fn discard(&mut self, page: u32) {
+        let result = self.present(page, "discard").and_then(|()| self.ram.discard(page));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::Absent);
+        }
+    }
+
+    /// Lets those who wait for the page touch it again; they fault again if it is not there.
+    pub fn wake(&mut self, page: u32) {
+        let result = self.at(page).and_then(|(uffd, address)| uffd.wake(address));
+        self.keep(result);
+    }
+
+    /// One word of a present page. Zero after an error.
+    pub fn load(&self, page: u32, word: usize) -> u64 {
+        let result = self.present(page, "load").and_then(|()| self.word(page, word));
+        self.keep(result).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Replaces a word of a writable page if it is `old`, atomically towards the running guest;
+    /// `Err` with the present value if it is not. `Err(!old)` after an error.
+    pub fn compare_exchange(&mut self, page: u32, word: usize, old: u64, new: u64) -> Result<u64, u64> {
+        // On a read-only page the write would wait for an answer that only the caller can give.
+        let result = self
+            .expect(page, "compare and exchange", Access::Writable)
+            .and_then(|()| self.word(page, word));
+        match self.keep(result) {
+            Some(word) => word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire),
+            None => Err(!old),
+        }
+    }
+
+    /// Appends to `out` the words in which a present page differs from its twin, with their
+    /// values now. Nothing after an error.
+    pub fn differences(&self, page: u32, twin: &[u64; PAGE_WORDS], out: &mut Vec<(u16, u64)>) {
+        if self.keep(self.present(page, "compare")).is_some() {
+            if let Some(words) = self.ram.words(page) {
+                compare::differences(words, twin, out);
+                std::sync::atomic::fence(Ordering::Acquire);
+            }
+        }
+    }
+
+    fn try_install(
+        &mut self,
+        page: u32,
+        data: &[u64; PAGE_WORDS],
+        writable: bool,
+        operation: &'static str,
+    ) -> Result<(), MemoryError> {
+        self.expect(page, operation, Access::Absent)?;
+        let (uffd, address) = self.at(page)?;
+        uffd.copy(address, data, writable)?;
+        self.access
+            .set(page, if writable { Access::Writable } else { Access::ReadOnly });
+        Ok(())
+    }
+
+    /// The userfaultfd of a page, and its host address.
+    fn at(&self, page: u32) -> Result<(&Uffd, u64), MemoryError> {
+        let shard = (page / STRIPE_PAGES) as usize % self.uffds.len();
+        let address = self.ram.host_of(page).ok_or_else(|| self.bounds(page, 0))?;
+        Ok((&self.uffds[shard], address))
+    }
+
+    fn word(&self, page: u32, word: usize) -> Result<&std::sync::atomic::AtomicU64, MemoryError> {
+        let words = self.ram.words(page).ok_or_else(|| self.bounds(page, word))?;
+        words.get(word).ok_or_else(|| self.bounds(page, word))
+    }
+
+    fn bounds(&self, page: u32, word: usize) -> MemoryError {
+        MemoryError::Bounds {
+            page,
+            word,
+            pages: self.ram.pages(),
+        }
+    }
+
+    fn expect(&self, page: u32, operation: &'static str, expected: Access) -> Result<(), MemoryError> {
+        match self.access(page) {
+            access if access == expected => Ok(()),
+            access => Err(MemoryError::State {
+                page,
+                operation,
+                access,
+            }),
+        }
+    }
+
+    fn present(&self, page: u32, operation: &'static str) -> Result<(), MemoryError> {
+        match self.access(page) {
+            access @ Access::Absent => Err(MemoryError::State {
+                page,
+                operation,
+                access,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps the first error.
+    fn keep<T>(&self, result: Result<T, MemoryError>) -> Option<T> {
+        result
+            .map_err(|error| {
+                if self.failed.set(error.clone()).is_ok() {
+                    tracing::error!(%error, "guest memory failed");
+                }
+            })
+            .ok()
+    }
+}

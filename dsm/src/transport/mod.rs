@@ -1,0 +1,1 @@
+//! Frames between nodes: one ordered, reliable stream per pair of nodes.
