@@ -1,1 +1,22 @@
 //! Hosts, sessions and their control.
+//!
+//! A front end (`front`) reads the [`hosts`] file, finds or starts a node [`daemon`] on every
+//! host, authenticates with each ([`handshake`], [`secret`]), places the machine and directs the
+//! nodes by [`message`]s over a [`link`]. The nodes connect their mesh and run the machine.
+
+pub mod daemon;
+pub mod errno;
+pub mod frame;
+pub mod handshake;
+pub mod hosts;
+pub mod link;
+pub mod local;
+mod mesh;
+pub mod message;
+mod node_session;
+pub mod offer;
+pub mod plan;
+mod probe;
+pub mod secret;
+pub mod size;
+pub mod verdict;
