@@ -1,1 +1,146 @@
 //! Frames between nodes: one ordered, reliable stream per pair of nodes.
+//!
+//! A frame is a class (what kind of message, for dispatch and counting) and a payload. The
+//! coherence protocol relies on the order: what node A sends to node B arrives in the order in
+//! which A's calls of [`Transport::send`] returned, or the stream ends.
+
+mod counters;
+mod frame;
+mod link;
+mod socket;
+mod tcp;
+
+pub use counters::{ClassCount, PeerCount};
+pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
+pub use tcp::{Config, TcpTransport};
+
+use crate::errno::Errno;
+
+/// Carries frames to the other nodes. Small, so that a transport with registered buffers (RDMA)
+/// can stand in for TCP.
+pub trait Transport: Send + Sync {
+    /// Sends `parts`, one after the other, as one frame to node `to`. May be called with any lock
+    /// held: it does not wait for the peer and does not call the [`Handler`]. What the network
+    /// does not take at once is copied and sent later, in order.
+    ///
+    /// # Errors
+    /// Nothing is sent, or the peer is lost: then the handler hears of it once, from another
+    /// thread, and later frames to that peer are refused.
+    fn send(&self, to: usize, class: u8, parts: &[&[u8]]) -> Result<(), SendError>;
+
+    /// What went to and came from a node so far.
+    fn count(&self, peer: usize) -> PeerCount;
+
+    /// Sends what is queued, for a moment at most, ends all streams and waits for all threads
+    /// (except the calling one). After it returns the handler is not called any more.
+    fn shutdown(&self);
+}
+
+/// Receives frames and news of peers. Calls for one peer come one at a time and in order, those
+/// for different peers at the same time. It may send; the longer it takes, the longer frames of
+/// that peer wait, but the peer does not count as silent meanwhile.
+pub trait Handler: Send + Sync {
+    /// A frame has come. The payload may hold anything: check it.
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]);
+    /// The last news of a peer; no frame of it follows.
+    fn event(&self, event: PeerEvent);
+}
+
+/// How the stream of a peer ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerEvent {
+    /// The peer or the way to it is gone.
+    #[error("node {peer}: {reason}")]
+    Lost {
+        /// Node number.
+        peer: usize,
+        /// How it showed.
+        reason: LostReason,
+    },
+    /// The peer sent something that is no frame.
+    #[error("node {peer}: {reason}; its version may differ from ours")]
+    Malformed {
+        /// Node number.
+        peer: usize,
+        /// What was wrong.
+        reason: Malformed,
+    },
+}
+
+/// How the loss of a peer showed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LostReason {
+    /// It closed its end: the process ended.
+    #[error("connection closed by the peer")]
+    Closed,
+    /// Nothing came, not even heartbeats.
+    #[error("nothing heard for {millis} ms; check the host and the network")]
+    Silent {
+        /// For how long.
+        millis: u64,
+    },
+    /// The connection broke.
+    #[error("connection broke with {0}; check the host and the network")]
+    Broken(Errno),
+    /// It took too little of what we sent for too long.
+    #[error("{bytes} bytes wait to be sent; the network or the peer is too slow")]
+    Overrun {
+        /// Bytes in the queue.
+        bytes: usize,
+    },
+}
+
+/// Why a frame was not sent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// There is no such peer, or it is this node.
+    #[error("node {peer}: not a peer of this node")]
+    NoPeer {
+        /// Node number.
+        peer: usize,
+    },
+    /// The payload is too long.
+    #[error("frame for node {peer}: {len} bytes are more than {MAX_PAYLOAD}; send it in parts")]
+    TooLong {
+        /// Node number.
+        peer: usize,
+        /// Payload length in bytes.
+        len: usize,
+    },
+    /// The class is the transport's own.
+    #[error("frame for node {peer}: class {HEARTBEAT:#x} is reserved for heartbeats")]
+    Reserved {
+        /// Node number.
+        peer: usize,
+    },
+    /// The stream has ended.
+    #[error("node {peer}: the connection is gone")]
+    Gone {
+        /// Node number.
+        peer: usize,
+    },
+}
+
+/// Why a transport could not start.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// A socket refused an option that we need.
+    #[error("connection to node {peer}: setting {option} failed with {errno}")]
+    Option {
+        /// Node number.
+        peer: usize,
+        /// Name of the option.
+        option: &'static str,
+        /// Why.
+        errno: Errno,
+    },
+    /// No thread.
+    #[error("transport: starting a thread failed with {errno}; raise the limit of processes")]
+    Thread {
+        /// Why.
+        errno: Errno,
+    },
+    /// [`TcpTransport::start`] was called twice, or after shutdown.
+    #[error("transport: started already")]
+    Started,
+}

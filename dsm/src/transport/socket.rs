@@ -1,0 +1,61 @@
+//! Socket options and waits beyond the standard library.
+
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use crate::errno::Errno;
+
+/// Socket buffers in bytes, where we may set them: a few hundred pages on the way.
+const BUFFER: i32 = 4 << 20;
+/// TCP_RTO_MAX_MS (Linux 6.15), not in the libc crate yet.
+const TCP_RTO_MAX_MS: i32 = 44;
+
+/// Prepares a connected stream; the name of the option that failed with an error.
+///
+/// # Errors
+/// Only options that coherence needs; the others are asked for and do without.
+pub fn prepare(stream: &TcpStream, receive_timeout: Duration) -> Result<(), (&'static str, Errno)> {
+    let needed = |name, result: std::io::Result<()>| result.map_err(|error| (name, Errno::of(&error)));
+    needed("blocking mode", stream.set_nonblocking(false))?;
+    // Every frame is urgent: a vCPU waits for it.
+    needed("TCP_NODELAY", stream.set_nodelay(true))?;
+    needed("SO_RCVTIMEO", stream.set_read_timeout(Some(receive_timeout)))?;
+    let best_effort = [
+        // The plain options would cap buffers below what the kernel's own tuning reaches.
+        (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, BUFFER),
+        (libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER),
+        // Early acknowledgements open the congestion window sooner.
+        (libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1),
+        // A link that comes back after 2 s must be found before the peer counts as lost, so
+        // retransmission must not back off: for streams with little under way, and for all.
+        (libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS, 1),
+        (libc::IPPROTO_TCP, TCP_RTO_MAX_MS, 1000),
+    ];
+    for (level, option, value) in best_effort {
+        if let Err(errno) = set(stream, level, option, value) {
+            tracing::debug!(level, option, %errno, "socket option not available");
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the stream takes more bytes, breaks, or `timeout` has passed.
+pub fn wait_writable(stream: &TcpStream, timeout: Duration) {
+    let mut entry = libc::pollfd {
+        fd: stream.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: the pointer and the count describe one entry. However the wait ends, the caller
+    // tries to send again.
+    unsafe { libc::poll(&raw mut entry, 1, millis) };
+}
+
+fn set(stream: &TcpStream, level: i32, option: i32, value: i32) -> Result<(), Errno> {
+    let size = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the pointer and the size describe one integer, which all our options take.
+    let result = unsafe { libc::setsockopt(stream.as_raw_fd(), level, option, (&raw const value).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(Errno::last()) }
+}

@@ -1,0 +1,254 @@
+//! The transport over TCP: a receiver and a writer thread per peer.
+
+use std::io::{ErrorKind, Read};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::errno::Errno;
+use crate::transport::counters::PeerCount;
+use crate::transport::frame::{Decoder, HEADER, HEARTBEAT};
+use crate::transport::link::Link;
+use crate::transport::{Handler, LostReason, PeerEvent, SendError, Transport, TransportError, socket};
+
+/// Silence is counted in this many steps, so that a host that stood still for a while itself (a
+/// debugger, a paused virtual host) does not take that for silence of its peers.
+const STEPS: u32 = 9;
+/// How long shutdown waits for queued bytes to leave, and then for the peers to end.
+const FLUSH: Duration = Duration::from_millis(300);
+const LINGER: Duration = Duration::from_millis(200);
+
+/// Times and limits of a [`TcpTransport`]. All nodes should have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// A heartbeat goes out after at most this long without a frame.
+    pub heartbeat: Duration,
+    /// A peer that was not heard of for this long is lost. Several times the heartbeat, and
+    /// longer than a network may fail.
+    pub silence: Duration,
+    /// Bytes that may wait for a peer before it counts as lost.
+    pub queue_limit: usize,
+}
+
+impl Default for Config {
+    /// 500 ms, 4.5 s, 1 GiB: a network that fails for 2 s only stalls the machine.
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(500),
+            silence: Duration::from_millis(4500),
+            queue_limit: 1 << 30,
+        }
+    }
+}
+
+/// TCP streams to all peers.
+///
+/// The threads keep the [`Handler`] alive until [`Transport::shutdown`], which has to be called if
+/// the handler owns this transport.
+#[derive(Debug)]
+pub struct TcpTransport {
+    links: Vec<Option<Arc<Link>>>,
+    config: Config,
+    stopping: Arc<AtomicBool>,
+    threads: Mutex<Threads>,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    started: bool,
+    writers: Vec<JoinHandle<()>>,
+    receivers: Vec<JoinHandle<()>>,
+}
+
+impl TcpTransport {
+    /// Takes over connected, authenticated streams: `peers[i]` leads to node `i`; `None` at this
+    /// node's own place. Frames can be sent at once; they are received after [`Self::start`].
+    ///
+    /// # Errors
+    /// A stream that refuses an option.
+    pub fn new(peers: Vec<Option<TcpStream>>, config: Config) -> Result<Self, TransportError> {
+        let mut links = Vec::with_capacity(peers.len());
+        for (peer, stream) in peers.into_iter().enumerate() {
+            let Some(stream) = stream else {
+                links.push(None);
+                continue;
+            };
+            // Zero would mean no timeout.
+            let step = (config.silence / STEPS).max(Duration::from_millis(1));
+            socket::prepare(&stream, step).map_err(|(option, errno)| TransportError::Option { peer, option, errno })?;
+            links.push(Some(Arc::new(Link::new(peer, stream, config))));
+        }
+        Ok(Self {
+            links,
+            config,
+            stopping: Arc::default(),
+            threads: Mutex::default(),
+        })
+    }
+
+    /// Starts receiving, queued sending and heartbeats.
+    ///
+    /// # Errors
+    /// Called before, or no threads; then none is left running.
+    pub fn start(&self, handler: Arc<dyn Handler>) -> Result<(), TransportError> {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut threads.started, true) {
+            return Err(TransportError::Started);
+        }
+        let result = self.links.iter().enumerate().try_for_each(|(peer, link)| {
+            let Some(link) = link else { return Ok(()) };
+            let writer = Arc::clone(link);
+            threads
+                .writers
+                .push(spawn(format!("dsm-send-{peer}"), move || writer.write_loop())?);
+            let receiver = Receiver {
+                peer,
+                link: Arc::clone(link),
+                handler: Arc::clone(&handler),
+                stopping: Arc::clone(&self.stopping),
+                silence: self.config.silence,
+            };
+            threads
+                .receivers
+                .push(spawn(format!("dsm-recv-{peer}"), move || receiver.run())?);
+            Ok(())
+        });
+        drop(threads);
+        if result.is_err() {
+            self.shutdown();
+        }
+        result
+    }
+
+    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.links.iter().flatten()
+    }
+}
+
+impl Transport for TcpTransport {
+    fn send(&self, to: usize, class: u8, parts: &[&[u8]]) -> Result<(), SendError> {
+        match self.links.get(to) {
+            Some(Some(link)) => link.send(class, parts),
+            _ => Err(SendError::NoPeer { peer: to }),
+        }
+    }
+
+    fn count(&self, peer: usize) -> PeerCount {
+        self.links
+            .get(peer)
+            .and_then(Option::as_ref)
+            .map_or_else(PeerCount::default, |link| link.count())
+    }
+
+    fn shutdown(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        let mut threads = {
+            let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(
+                &mut *threads,
+                Threads {
+                    started: true,
+                    ..Threads::default()
+                },
+            )
+        };
+        let until = Instant::now() + FLUSH;
+        self.links().for_each(|link| link.flush(until));
+        threads.writers.drain(..).for_each(join);
+        // Closing with bytes unread would reset the connection under the last frames of ours that
+        // the peer has not read: read on until it ends, too.
+        let me = thread::current().id();
+        threads.receivers.retain(|thread| thread.thread().id() != me);
+        let until = Instant::now() + LINGER;
+        while Instant::now() < until && threads.receivers.iter().any(|thread| !thread.is_finished()) {
+            thread::sleep(Duration::from_millis(2));
+        }
+        for link in self.links() {
+            // Fails if the stream is gone; otherwise it wakes the receiver.
+            let _ = link.stream.shutdown(Shutdown::Both);
+        }
+        threads.receivers.drain(..).for_each(join);
+    }
+}
+
+impl Drop for TcpTransport {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {
+    thread::Builder::new()
+        .name(name)
+        .spawn(work)
+        .map_err(|error| TransportError::Thread {
+            errno: Errno::of(&error),
+        })
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a transport thread panicked");
+    }
+}
+
+struct Receiver {
+    peer: usize,
+    link: Arc<Link>,
+    handler: Arc<dyn Handler>,
+    stopping: Arc<AtomicBool>,
+    silence: Duration,
+}
+
+impl Receiver {
+    fn run(&self) {
+        let event = self.receive();
+        self.link.end();
+        if !self.stopping.load(Ordering::SeqCst) {
+            self.handler.event(event);
+        }
+    }
+
+    /// Hands frames on until the stream ends.
+    fn receive(&self) -> PeerEvent {
+        let peer = self.peer;
+        let lost = |reason| PeerEvent::Lost {
+            peer,
+            reason: self.link.lost.get().cloned().unwrap_or(reason),
+        };
+        let mut decoder = Decoder::new();
+        let mut silent_steps = 0;
+        loop {
+            match (&self.link.stream).read(decoder.space()) {
+                Ok(0) => return lost(LostReason::Closed),
+                Ok(count) => decoder.filled(count),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // The receive timeout.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    silent_steps += 1;
+                    if silent_steps >= STEPS {
+                        let millis = self.silence.as_millis() as u64;
+                        return lost(LostReason::Silent { millis });
+                    }
+                    continue;
+                }
+                Err(error) => return lost(LostReason::Broken(Errno::of(&error))),
+            }
+            silent_steps = 0;
+            loop {
+                match decoder.next() {
+                    Ok(None) => break,
+                    Ok(Some((class, payload))) => {
+                        self.link.counters.received(class, HEADER + payload.len());
+                        if class != HEARTBEAT && !self.stopping.load(Ordering::SeqCst) {
+                            self.handler.frame(peer, class, payload);
+                        }
+                    }
+                    Err(reason) => return PeerEvent::Malformed { peer, reason },
+                }
+            }
+        }
+    }
+}

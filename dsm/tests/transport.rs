@@ -1,0 +1,519 @@
+//! The TCP transport over loopback: order, floods, peers that die, lie or fall silent.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use krg_dsm::transport::{
+    Config, HEARTBEAT, Handler, LostReason, MAX_PAYLOAD, Malformed, PeerEvent, SendError, TcpTransport, Transport,
+    TransportError,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (near, listener.accept().unwrap().0)
+}
+
+fn quick() -> Config {
+    Config {
+        heartbeat: Duration::from_millis(100),
+        silence: Duration::from_millis(900),
+        queue_limit: 1 << 30,
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum News {
+    Frame(usize, u8, Vec<u8>),
+    Event(PeerEvent),
+}
+
+struct Recorder(Mutex<mpsc::Sender<News>>);
+
+impl Recorder {
+    fn put(&self, news: News) {
+        // The test may have seen enough.
+        let _ = self.0.lock().unwrap().send(news);
+    }
+}
+
+impl Handler for Recorder {
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        self.put(News::Frame(peer, class, payload.to_vec()));
+    }
+
+    fn event(&self, event: PeerEvent) {
+        self.put(News::Event(event));
+    }
+}
+
+fn record(transport: &TcpTransport) -> mpsc::Receiver<News> {
+    let (sender, receiver) = mpsc::channel();
+    transport.start(Arc::new(Recorder(Mutex::new(sender)))).unwrap();
+    receiver
+}
+
+/// Node 0 with a recording handler; the test plays node 1 on a bare stream.
+fn against_bare_peer(config: Config) -> (TcpTransport, mpsc::Receiver<News>, TcpStream) {
+    let (near, far) = pair();
+    let transport = TcpTransport::new(vec![None, Some(near)], config).unwrap();
+    let news = record(&transport);
+    (transport, news, far)
+}
+
+fn two_nodes(config: Config) -> [TcpTransport; 2] {
+    let (near, far) = pair();
+    [
+        TcpTransport::new(vec![None, Some(near)], config).unwrap(),
+        TcpTransport::new(vec![Some(far), None], config).unwrap(),
+    ]
+}
+
+fn lost(reason: LostReason) -> News {
+    News::Event(PeerEvent::Lost { peer: 1, reason })
+}
+
+#[test]
+fn frames_arrive_whole_and_in_order() {
+    const COUNT: usize = 6000;
+    let [one, two] = two_nodes(Config::default());
+    let (_ours, theirs) = (record(&one), record(&two));
+    let body: Vec<u8> = (0..MAX_PAYLOAD).map(|at| (at * 7 % 251) as u8).collect();
+    let len = |number: usize| match number % 200 {
+        0 => MAX_PAYLOAD - 4,
+        kind => kind * 37,
+    };
+    let mut bytes = 0;
+    for number in 0..COUNT {
+        let (head, rest) = body[..len(number)].split_at(len(number) / 3);
+        let parts: [&[u8]; 3] = [&(number as u32).to_le_bytes(), head, rest];
+        one.send(1, (number % 5) as u8, &parts).unwrap();
+        bytes += 5 + 4 + len(number) as u64;
+    }
+    for number in 0..COUNT {
+        let News::Frame(peer, class, payload) = theirs.recv_timeout(PATIENCE).unwrap() else {
+            panic!("an event")
+        };
+        assert_eq!((peer, usize::from(class)), (0, number % 5));
+        assert_eq!(payload[..4], (number as u32).to_le_bytes());
+        assert!(payload[4..] == body[..len(number)], "frame {number}");
+    }
+    let (out, into) = (one.count(1), two.count(0));
+    for class in 0..5 {
+        assert_eq!(out.class(class).frames_out, COUNT as u64 / 5);
+        assert_eq!(into.class(class).frames_in, COUNT as u64 / 5);
+        assert_eq!(out.class(class).bytes_out, into.class(class).bytes_in);
+    }
+    let payloads: u64 = (0..5).map(|class| out.class(class).bytes_out).sum();
+    assert_eq!((payloads, out.queued), (bytes, 0));
+}
+
+#[test]
+fn a_frame_may_have_many_parts() {
+    let [one, two] = two_nodes(Config::default());
+    let theirs = record(&two);
+    let _ours = record(&one);
+    let words: Vec<[u8; 8]> = (0..100u64).map(u64::to_le_bytes).collect();
+    let parts: Vec<&[u8]> = words.iter().map(|word| &word[..]).collect();
+    for count in [0, 1, 7, 8, 9, 100] {
+        one.send(1, 1, &parts[..count]).unwrap();
+        let expected = words[..count].concat();
+        assert_eq!(
+            theirs.recv_timeout(PATIENCE).unwrap(),
+            News::Frame(0, 1, expected),
+            "{count} parts"
+        );
+    }
+}
+
+/// Answers every request with two frames from inside the handler, under a lock that the senders
+/// hold, too.
+struct Answering {
+    transport: OnceLock<Arc<TcpTransport>>,
+    protocol: Mutex<()>,
+    frames: AtomicU64,
+    events: AtomicU64,
+}
+
+const REQUEST: u8 = 1;
+const ANSWER: u8 = 2;
+
+impl Handler for Answering {
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        let _protocol = self.protocol.lock().unwrap();
+        self.frames.fetch_add(1, Ordering::Relaxed);
+        if class == REQUEST {
+            let transport = self.transport.get().unwrap();
+            transport.send(peer, ANSWER, &[payload]).unwrap();
+            transport.send(peer, ANSWER, &[payload, b"again"]).unwrap();
+        }
+    }
+
+    fn event(&self, _: PeerEvent) {
+        self.events.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn floods_both_ways_do_not_deadlock() {
+    const REQUESTS: u64 = 400;
+    let nodes = two_nodes(Config::default()).map(|transport| {
+        let handler = Arc::new(Answering {
+            transport: OnceLock::new(),
+            protocol: Mutex::new(()),
+            frames: AtomicU64::new(0),
+            events: AtomicU64::new(0),
+        });
+        let transport = Arc::new(transport);
+        assert!(handler.transport.set(Arc::clone(&transport)).is_ok());
+        transport.start(Arc::clone(&handler) as Arc<dyn Handler>).unwrap();
+        (transport, handler)
+    });
+    let floods: Vec<_> = nodes
+        .iter()
+        .enumerate()
+        .map(|(node, (transport, handler))| {
+            let (transport, handler) = (Arc::clone(transport), Arc::clone(handler));
+            thread::spawn(move || {
+                for _ in 0..REQUESTS {
+                    let _protocol = handler.protocol.lock().unwrap();
+                    transport.send(1 - node, REQUEST, &[&[7; 100_000]]).unwrap();
+                }
+            })
+        })
+        .collect();
+    floods.into_iter().for_each(|flood| flood.join().unwrap());
+    let started = Instant::now();
+    while nodes
+        .iter()
+        .any(|(_, handler)| handler.frames.load(Ordering::Relaxed) < 3 * REQUESTS)
+    {
+        assert!(started.elapsed() < PATIENCE, "deadlock");
+        thread::sleep(Duration::from_millis(5));
+    }
+    for (node, (transport, handler)) in nodes.iter().enumerate() {
+        assert_eq!(transport.count(1 - node).class(ANSWER).frames_in, 2 * REQUESTS);
+        assert_eq!(handler.events.load(Ordering::Relaxed), 0);
+    }
+    nodes.iter().for_each(|(transport, _)| transport.shutdown());
+}
+
+#[test]
+fn sending_to_a_peer_that_does_not_read_returns() {
+    let config = Config {
+        queue_limit: 64 << 20,
+        ..Config::default()
+    };
+    let (transport, news, far) = against_bare_peer(config);
+    let frame = vec![1; MAX_PAYLOAD];
+    let started = Instant::now();
+    let mut sent = 0;
+    let error = loop {
+        match transport.send(1, 1, &[&frame]) {
+            Ok(()) => sent += 1,
+            Err(error) => break error,
+        }
+        assert!(sent < 1000);
+    };
+    // The frames that fit into the sockets depend on the host; those in the queue do not.
+    assert!(sent >= 63, "{sent}");
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert_eq!(error, SendError::Gone { peer: 1 });
+    let event = news.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        matches!(&event, News::Event(PeerEvent::Lost { peer: 1, reason: LostReason::Overrun { bytes } }) if *bytes > 64 << 20),
+        "{event:?}"
+    );
+    assert_eq!(transport.send(1, 1, &[b"x"]), Err(SendError::Gone { peer: 1 }));
+    drop(far);
+    transport.shutdown();
+    assert_eq!(news.try_iter().count(), 0, "reported twice");
+}
+
+#[test]
+fn queued_frames_follow_when_the_peer_reads_again() {
+    let (transport, _news, mut far) = against_bare_peer(Config::default());
+    const COUNT: usize = 64;
+    for number in 0..COUNT {
+        transport
+            .send(1, number as u8, &[&[number as u8; MAX_PAYLOAD]])
+            .unwrap();
+    }
+    assert!(transport.count(1).queued > 0);
+    let mut frame = vec![0; 5 + MAX_PAYLOAD];
+    for number in 0..COUNT {
+        far.read_exact(&mut frame[..5]).unwrap();
+        if frame[4] == HEARTBEAT {
+            far.read_exact(&mut frame[..5]).unwrap();
+        }
+        assert_eq!(frame[..5], [0, 0, 16, 0, number as u8]);
+        far.read_exact(&mut frame[5..]).unwrap();
+        assert!(frame[5..].iter().all(|byte| *byte == number as u8));
+    }
+    assert_eq!(transport.count(1).queued, 0);
+}
+
+#[test]
+fn a_peer_that_ends_is_lost_after_its_last_frame() {
+    let (transport, news, mut far) = against_bare_peer(Config::default());
+    far.write_all(&[3, 0, 0, 0, 7, b'a', b'b', b'c', 9, 0]).unwrap();
+    drop(far);
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), News::Frame(1, 7, b"abc".to_vec()));
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), lost(LostReason::Closed));
+    assert_eq!(transport.send(1, 7, &[]), Err(SendError::Gone { peer: 1 }));
+    transport.shutdown();
+    assert_eq!(news.try_iter().count(), 0);
+}
+
+#[test]
+fn a_reset_connection_is_lost() {
+    let (_transport, news, far) = against_bare_peer(Config::default());
+    socket2::SockRef::from(&far).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(far);
+    let event = news.recv_timeout(PATIENCE).unwrap();
+    let News::Event(PeerEvent::Lost { peer: 1, reason }) = &event else {
+        panic!("{event:?}")
+    };
+    assert!(reason.to_string().contains("ECONNRESET"), "{reason}");
+}
+
+#[test]
+fn what_is_no_frame_breaks_the_peer() {
+    let (transport, news, mut far) = against_bare_peer(Config::default());
+    far.write_all(b"\x01\0\0\0\x05xGET / HTTP/1.1\r\n").unwrap();
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), News::Frame(1, 5, b"x".to_vec()));
+    let len = u32::from_le_bytes(*b"GET ");
+    let malformed = PeerEvent::Malformed {
+        peer: 1,
+        reason: Malformed::Length { class: b'/', len },
+    };
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), News::Event(malformed));
+    // Our end is closed: the peer sees it.
+    far.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut rest = Vec::new();
+    let _ = far.read_to_end(&mut rest);
+    assert_eq!(transport.send(1, 7, &[]), Err(SendError::Gone { peer: 1 }));
+    transport.shutdown();
+    assert_eq!(news.try_iter().count(), 0);
+}
+
+#[test]
+fn a_silent_peer_is_lost_and_a_quiet_one_is_not() {
+    let started = Instant::now();
+    let (silent, silent_news, _far) = against_bare_peer(quick());
+    let (_dribbling, dribbling_news, mut drops) = against_bare_peer(quick());
+    drops.write_all(&[100, 0, 0, 0, 1]).unwrap();
+    let quiet = two_nodes(quick());
+    let quiet_news = [record(&quiet[0]), record(&quiet[1])];
+    for _ in 0..10 {
+        thread::sleep(Duration::from_millis(200));
+        // Not even a whole heartbeat, but the peer is there.
+        drops.write_all(&[0]).unwrap();
+        if started.elapsed() > Duration::from_millis(700) {
+            break;
+        }
+    }
+    assert_eq!(silent_news.try_iter().count(), 0);
+    assert_eq!(
+        silent_news.recv_timeout(PATIENCE).unwrap(),
+        lost(LostReason::Silent { millis: 900 })
+    );
+    assert!(started.elapsed() >= Duration::from_millis(850));
+    drops.write_all(&[0]).unwrap();
+    thread::sleep(Duration::from_millis(700));
+    assert_eq!(dribbling_news.try_iter().count(), 0);
+    for node in 0..2 {
+        assert_eq!(quiet_news[node].try_iter().count(), 0);
+        assert!(quiet[node].count(1 - node).class(HEARTBEAT).frames_in >= 5);
+    }
+    assert_eq!(silent.send(1, 0, &[]), Err(SendError::Gone { peer: 1 }));
+}
+
+/// Passes bytes on, except while `stalled`.
+fn relay(mut from: TcpStream, mut to: TcpStream, stalled: Arc<Mutex<()>>) {
+    thread::spawn(move || {
+        let mut buffer = vec![0; 65536];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            drop(stalled.lock().unwrap());
+            if to.write_all(&buffer[..count]).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_network_that_fails_for_a_while_only_stalls() {
+    let ((near, middle), (far, other_middle)) = (pair(), pair());
+    let network = Arc::new(Mutex::new(()));
+    relay(
+        middle.try_clone().unwrap(),
+        other_middle.try_clone().unwrap(),
+        Arc::clone(&network),
+    );
+    relay(other_middle, middle, Arc::clone(&network));
+    let one = TcpTransport::new(vec![None, Some(near)], quick()).unwrap();
+    let two = TcpTransport::new(vec![Some(far), None], quick()).unwrap();
+    let (ours, theirs) = (record(&one), record(&two));
+    let down = network.lock().unwrap();
+    one.send(1, 1, &[b"late"]).unwrap();
+    thread::sleep(Duration::from_millis(450));
+    assert_eq!(theirs.try_iter().count(), 0);
+    drop(down);
+    assert_eq!(
+        theirs.recv_timeout(PATIENCE).unwrap(),
+        News::Frame(0, 1, b"late".to_vec())
+    );
+    thread::sleep(Duration::from_millis(1200));
+    assert_eq!((ours.try_iter().count(), theirs.try_iter().count()), (0, 0));
+}
+
+#[test]
+fn shutdown_sends_what_is_queued_and_is_prompt() {
+    let [one, two] = two_nodes(Config::default());
+    let (ours, theirs) = (record(&one), record(&two));
+    two.send(0, 3, &[&[0; 5000]]).unwrap();
+    for number in 0..16u8 {
+        one.send(1, number, &[&[number; MAX_PAYLOAD]]).unwrap();
+    }
+    let started = Instant::now();
+    one.shutdown();
+    assert!(started.elapsed() < Duration::from_secs(5));
+    for number in 0..16 {
+        let News::Frame(0, class, payload) = theirs.recv_timeout(PATIENCE).unwrap() else {
+            panic!("an event")
+        };
+        assert_eq!((class, payload.len()), (number, MAX_PAYLOAD));
+    }
+    let closed = PeerEvent::Lost {
+        peer: 0,
+        reason: LostReason::Closed,
+    };
+    assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Event(closed));
+    assert!(!ours.try_iter().any(|news| matches!(news, News::Event(_))));
+    assert_eq!(one.send(1, 0, &[]), Err(SendError::Gone { peer: 1 }));
+    one.shutdown();
+}
+
+struct Stopping(OnceLock<Arc<TcpTransport>>, Mutex<mpsc::Sender<()>>);
+
+impl Handler for Stopping {
+    fn frame(&self, _: usize, _: u8, _: &[u8]) {
+        self.0.get().unwrap().shutdown();
+        self.1.lock().unwrap().send(()).unwrap();
+    }
+
+    fn event(&self, event: PeerEvent) {
+        panic!("{event}");
+    }
+}
+
+#[test]
+fn the_handler_may_shut_down() {
+    let (near, mut far) = pair();
+    let transport = Arc::new(TcpTransport::new(vec![None, Some(near)], quick()).unwrap());
+    let (sender, done) = mpsc::channel();
+    let handler = Arc::new(Stopping(OnceLock::new(), Mutex::new(sender)));
+    assert!(handler.0.set(Arc::clone(&transport)).is_ok());
+    transport.start(handler).unwrap();
+    far.write_all(&[0, 0, 0, 0, 1]).unwrap();
+    done.recv_timeout(PATIENCE).unwrap();
+}
+
+#[test]
+fn wrong_uses_are_refused() {
+    let (transport, _news, _far) = against_bare_peer(Config::default());
+    assert_eq!(transport.send(0, 1, &[]), Err(SendError::NoPeer { peer: 0 }));
+    assert_eq!(transport.send(2, 1, &[]), Err(SendError::NoPeer { peer: 2 }));
+    assert_eq!(transport.send(1, HEARTBEAT, &[]), Err(SendError::Reserved { peer: 1 }));
+    let len = MAX_PAYLOAD + 1;
+    assert_eq!(
+        transport.send(1, 1, &[&vec![0; len]]),
+        Err(SendError::TooLong { peer: 1, len })
+    );
+    let (sender, _receiver) = mpsc::channel();
+    let again = transport.start(Arc::new(Recorder(Mutex::new(sender))));
+    assert_eq!(again, Err(TransportError::Started));
+    assert_eq!(transport.count(9).total().frames_out, 0);
+}
+
+#[test]
+fn every_peer_has_its_own_stream() {
+    let mut streams: HashMap<(usize, usize), TcpStream> = HashMap::new();
+    for (low, high) in [(0, 1), (0, 2), (1, 2)] {
+        let (near, far) = pair();
+        streams.insert((low, high), near);
+        streams.insert((high, low), far);
+    }
+    let nodes: Vec<_> = (0..3)
+        .map(|node| {
+            let peers = (0..3).map(|peer| streams.remove(&(node, peer))).collect();
+            let transport = TcpTransport::new(peers, Config::default()).unwrap();
+            let news = record(&transport);
+            (transport, news)
+        })
+        .collect();
+    for (node, (transport, _)) in nodes.iter().enumerate() {
+        for peer in (0..3).filter(|peer| *peer != node) {
+            transport.send(peer, 1, &[&[node as u8, peer as u8]]).unwrap();
+        }
+    }
+    for (node, (_, news)) in nodes.iter().enumerate() {
+        let mut senders: Vec<usize> = (0..2)
+            .map(|_| match news.recv_timeout(PATIENCE).unwrap() {
+                News::Frame(peer, 1, payload) if payload == [peer as u8, node as u8] => peer,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        senders.sort_unstable();
+        assert_eq!(senders, (0..3).filter(|peer| *peer != node).collect::<Vec<_>>());
+    }
+}
+
+struct Echo(OnceLock<Arc<TcpTransport>>);
+
+impl Handler for Echo {
+    fn frame(&self, peer: usize, _: u8, _: &[u8]) {
+        self.0
+            .get()
+            .unwrap()
+            .send(peer, ANSWER, &[&[0; 16], &[0; 4096]])
+            .unwrap();
+    }
+
+    fn event(&self, _: PeerEvent) {}
+}
+
+/// A request of 16 bytes answered by a page, the pattern of a read miss. The time is reported, not
+/// judged: it depends on the host.
+#[test]
+fn round_trip_of_a_page() {
+    let [one, two] = two_nodes(Config::default());
+    let news = record(&one);
+    let two = Arc::new(two);
+    let echo = Arc::new(Echo(OnceLock::new()));
+    assert!(echo.0.set(Arc::clone(&two)).is_ok());
+    two.start(echo).unwrap();
+    let mut times: Vec<Duration> = (0..2000)
+        .map(|_| {
+            let started = Instant::now();
+            one.send(1, REQUEST, &[&[0; 16]]).unwrap();
+            match news.recv_timeout(PATIENCE).unwrap() {
+                News::Frame(1, ANSWER, payload) => assert_eq!(payload.len(), 4112),
+                other => panic!("{other:?}"),
+            }
+            started.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    println!("page over loopback TCP: p50 {:?}, p99 {:?}", times[1000], times[1980]);
+    one.shutdown();
+    two.shutdown();
+}
