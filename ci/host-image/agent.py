@@ -220,15 +220,19 @@ class Session:
             if job:
                 job.close()
 
-    def start(self):
-        """Waits for the start frame; the job, or None with its failure sent."""
-        ready = []
+    def start(self, ready=()):
+        """Waits for the start frame; the job (None with its failure sent) and later frames."""
+        ready = list(ready)
         while not ready:
             data = os.read(self.port, CHUNK)
             if not data:
                 raise Disconnected
             ready = self.parser.feed(data)
         kind, body = ready.pop(0)
+        if kind == b"N":
+            # The last connection went unseen, or this one said it before it was greeted.
+            os.write(self.port, frames.pack(b"G"))
+            return self.start(ready)
         if kind != b"X":
             raise frames.FrameError(f"session starts with {kind!r}")
         start = frames.unpack_start(body)
@@ -241,6 +245,8 @@ class Session:
             return None, ready
 
     def handle(self, job, kind, body):
+        if kind == b"N":
+            raise Disconnected  # and connected anew before it was seen
         if kind == b"I":
             job.feed(body)
         elif kind == b"K" and body:
@@ -310,8 +316,9 @@ class Session:
     def await_hangup(self):
         """Takes what still comes in until the outside is gone."""
         set_blocking(self.port, True)
-        while os.read(self.port, CHUNK):
-            pass
+        while data := os.read(self.port, CHUNK):
+            if any(kind == b"N" for kind, _ in self.parser.feed(data)):
+                return
 
 
 def serve(port):

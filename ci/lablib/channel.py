@@ -24,11 +24,11 @@ class Channel:
         self.parser = frames.Parser()
 
     @classmethod
-    def open(cls, host, timeout=30.0, attempt=5.0):
+    def open(cls, host, timeout=30.0, attempt=10.0):
         """A channel to `host` within `timeout` seconds.
 
-        The agent greets each connection once. One that comes before the agent has seen the last
-        one go is not greeted: after `attempt` seconds without greeting it is made anew.
+        A slot whose last user died inside a frame takes the greeting's request for the rest of
+        it: after `attempt` seconds without greeting another connection is made.
         """
         until = time.monotonic() + timeout
         reason = "no free slot for one more command"
@@ -44,10 +44,11 @@ class Channel:
                 channel = cls(host, lock, connection)
                 try:
                     connection.connect(os.fspath(host.slot(number)))
+                    channel.send(b"N")
                     if channel.greeted(min(until, time.monotonic() + attempt)):
                         return channel
                     reason = "no answer; is it paused?"
-                except (OSError, frames.FrameError) as error:
+                except (OSError, LabError, frames.FrameError) as error:
                     reason = f"{error}; is it running?"
                 except BaseException:
                     channel.close()

@@ -3,7 +3,8 @@
 A frame is one type byte, a 32-bit big-endian length, and that many bytes. Types:
 
     from the agent                          to the agent
-    G  greeting: a new session may start    X  start: options and the command
+    G  greeting: a new session may start    N  new connection: greet it
+                                            X  start: options and the command
     O  standard output                      I  standard input; empty means its end
     E  standard error                       K  signal number, one byte, to the whole job
     R  result: exit status, one byte        W  window size: rows and columns, 16 bits each

@@ -112,7 +112,8 @@ class Host:
         while time.monotonic() < until:
             if not self.alive():
                 raise LabError(f"{self.name}: QEMU ended: {self.failure()}")
-            with contextlib.suppress(LabError), Channel.open(self, timeout=2.0, attempt=until - time.monotonic()):
+            # The connection is kept while the host boots: the agent greets it when it comes up.
+            with contextlib.suppress(LabError), Channel.open(self, until - time.monotonic(), attempt=timeout):
                 return
             time.sleep(0.05)
         raise LabError(f"{self.name}: not ready after {timeout:.0f} s; see {self.folder}/console.log")

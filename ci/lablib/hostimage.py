@@ -105,27 +105,40 @@ def make_initrd(kernel, version, root, work, image):
         subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=work, input=names.encode(), stdout=out, check=True)
 
 
-def build(folder):
-    """Makes vmlinux, initrd and root.erofs in `folder`."""
+def build_base(folder):
+    """Unpacks kernel and root file system, the slow part that seldom changes."""
     if os.geteuid():
         raise LabError("host image: must be built by root")
-    print("lab: building the hosts' image", flush=True)
-    kernel, root, initrd = folder / "kernel", folder / "root", folder / "initrd.d"
-    version = unpack_kernel(kernel)
-    (folder / "vmlinux").write_bytes(bzimage.extract((kernel / f"boot/vmlinuz-{version}").read_bytes()))
+    print("lab: fetching the hosts' packages", flush=True)
+    (folder / "version").write_text(unpack_kernel(folder / "kernel"))
     buildcache.run("root file system", [
         "mmdebstrap", "--quiet", "--variant=minbase", "--include=" + ",".join(words("packages")),
-        *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT), SUITE, root])
+        *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT), SUITE, folder / "root"])
+
+
+def build(base, folder):
+    """Makes vmlinux, initrd and root.erofs in `folder`."""
+    print("lab: building the hosts' image", flush=True)
+    version, kernel = (base / "version").read_text(), base / "kernel"
+    root, initrd = folder / "root", folder / "initrd.d"
+    (folder / "vmlinux").write_bytes(bzimage.extract((kernel / f"boot/vmlinuz-{version}").read_bytes()))
+    buildcache.run("root copied", ["cp", "-a", base / "root", root])
     install_modules(kernel, version, root)
     install_programs(root)
     make_initrd(kernel, version, root, initrd, folder / "initrd")
     buildcache.run("erofs", ["mkfs.erofs", "-d0", folder / "root.erofs", root])
-    for tree in (kernel, root, initrd):
+    for tree in (root, initrd):
         shutil.rmtree(tree)
 
 
 def obtain(force=False):
     """The folder with vmlinux, initrd and root.erofs, built when an input changed."""
+    settings = [SUITE, *LEFT_OUT, *words("packages")]
+    base_key = buildcache.key_of([], *settings)
     inputs = sorted(path for path in SOURCE.iterdir() if path.is_file())
     inputs += [CI / "lablib" / name for name in ("hostimage.py", "bzimage.py", "frames.py")]
-    return buildcache.obtain(HOST_IMAGES, buildcache.key_of(inputs, SUITE), build, force)
+
+    def make(folder):
+        build(buildcache.obtain(HOST_IMAGES / "base", base_key, build_base, force), folder)
+
+    return buildcache.obtain(HOST_IMAGES, buildcache.key_of(inputs, base_key), make, force)
