@@ -1,5 +1,7 @@
 //! Distributed shared memory of guest-physical pages.
 
+pub mod clock;
 mod errno;
 pub mod memory;
 pub mod transport;
+pub mod protocol;

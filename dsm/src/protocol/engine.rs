@@ -1,0 +1,512 @@
+//! One node's part of the protocol: faults and messages in, memory operations and messages out.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use super::directory::Directory;
+use super::fence::Fence;
+use super::geometry::Geometry;
+use super::memory::{Memory, PageData};
+use super::message::{Change, Message, NodeId};
+use super::tables::Tables;
+use super::{Bug, pte};
+
+/// What this node may do with a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Absent: every touch faults.
+    #[default]
+    Invalid,
+    /// Present, read-only; others may have it too.
+    Shared,
+    /// Present, writable; nobody else has it.
+    Exclusive,
+    /// Present, writable; others have replicas, and changes are merged.
+    Replicated,
+}
+
+/// A request of ours that home has not completed yet. At most one a page.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Pending<const W: usize> {
+    pub write: bool,
+    pub answer: Option<Answer<W>>,
+    pub acks_due: u8,
+    pub acks: u8,
+}
+
+/// How home (or the owner) answered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Answer<const W: usize> {
+    Data { write: bool, done: bool, data: Box<PageData<W>> },
+    Zero { done: bool },
+    Upgrade { done: bool },
+}
+
+/// Something that happened at this node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Input<const W: usize> {
+    /// Somebody here touched a page that does not allow it.
+    Fault { page: u32, write: bool },
+    /// A message arrived.
+    Message { from: NodeId, message: Message<W> },
+    /// The machine sends something to another node: leaves after everything the guest did before.
+    Send { to: NodeId, bytes: Vec<u8> },
+    /// CR3 of the vCPUs that run here, as pages.
+    Roots(Vec<u32>),
+}
+
+/// What the node has to do now: messages to send, in order, and messages for the machine.
+#[derive(Debug, Default)]
+pub struct Output<const W: usize> {
+    /// Messages to other nodes. The order to one node must be kept.
+    pub sends: Vec<(NodeId, Message<W>)>,
+    /// Machine messages that arrived: (from, bytes).
+    pub deliver: Vec<(NodeId, Vec<u8>)>,
+    /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
+    pub want_roots: bool,
+}
+
+/// A peer did what the protocol does not allow.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("node {from} broke the protocol: {what} for page {page}")]
+pub struct ProtocolError {
+    /// The peer.
+    pub from: NodeId,
+    /// What it sent.
+    pub what: &'static str,
+    /// The page it was about.
+    pub page: u32,
+}
+
+/// Events counted since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Counters {
+    /// Faults on absent pages that asked to read.
+    pub read_faults: u64,
+    /// Faults on absent pages that asked to write.
+    pub write_faults: u64,
+    /// Write faults on pages present read-only.
+    pub upgrade_faults: u64,
+    /// Faults that had been resolved meanwhile, or joined a request under way.
+    pub stale_faults: u64,
+    /// Of all faults, those answered without page data because nobody had written the page.
+    pub zero_grants: u64,
+    /// Pages received.
+    pub pages_in: u64,
+    /// Pages sent.
+    pub pages_out: u64,
+    /// Copies dropped for another node's write.
+    pub invalidations: u64,
+    /// Pages that became replicated tables while this node owned them.
+    pub promotions: u64,
+    /// Replicas this node asked to take back because they are tables no longer.
+    pub demotions: u64,
+    /// Flushes: comparisons of all replicas before a release.
+    pub flushes: u64,
+    /// Replica pages compared.
+    pub pages_compared: u64,
+    /// Changed words sent.
+    pub words_merged: u64,
+    /// Words two nodes had changed differently since the last merge.
+    pub conflicts: u64,
+}
+
+/// The protocol engine of one node. Pure: it has no clock, no thread and does no I/O.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Engine<const W: usize> {
+    pub(super) me: NodeId,
+    pub(super) geometry: Geometry,
+    pub(super) replicate: bool,
+    pub(super) access: Vec<Access>,
+    pub(super) pending: BTreeMap<u32, Pending<W>>,
+    pub(super) directory: Directory<W>,
+    pub(super) tables: Tables<W>,
+    pub(super) fence: Fence<W>,
+    /// Times each page was taken away from here: saturating.
+    pub(super) lost: Vec<u8>,
+    pub(super) loopback: VecDeque<Message<W>>,
+    pub(super) counters: Counters,
+    pub(super) bug: Option<Bug>,
+    /// Only ever set by a planted bug.
+    late_discard: Option<u32>,
+}
+
+impl<const W: usize> Engine<W> {
+    /// The engine of node `me`. `preloaded`: pages node 0 wrote before the start; they are its own.
+    /// `image`: the pages the kernel image was loaded to. All nodes are given the same values.
+    pub fn new(me: NodeId, geometry: Geometry, preloaded: &[Range<u32>], image: Range<u32>, replicate: bool) -> Self {
+        let pages = geometry.pages() as usize;
+        let mut access = vec![Access::Invalid; pages];
+        if me == 0 {
+            for range in preloaded {
+                access[range.start as usize..range.end as usize].fill(Access::Exclusive);
+            }
+        }
+        Engine {
+            me,
+            directory: Directory::new(me, &geometry, preloaded),
+            geometry,
+            replicate,
+            access,
+            pending: BTreeMap::new(),
+            tables: Tables::new(image),
+            fence: Fence::default(),
+            lost: vec![0; pages],
+            loopback: VecDeque::new(),
+            counters: Counters::default(),
+            bug: None,
+            late_discard: None,
+        }
+    }
+
+    /// Plants a bug, to show that the checks find it.
+    pub fn plant(&mut self, bug: Bug) {
+        self.bug = Some(bug);
+    }
+
+    /// Forgets what only counts history, so that the model checker sees equal states as equal.
+    #[cfg(test)]
+    pub(super) fn forget_history(&mut self) {
+        self.counters = Counters::default();
+        self.lost.fill(0);
+        self.fence.forget_history();
+    }
+
+    /// What this node may do with a page that exists.
+    pub fn access(&self, page: u32) -> Access {
+        self.access[page as usize]
+    }
+
+    /// Requests of this node that are not complete.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether anything waits here for another node.
+    pub fn quiet(&self) -> bool {
+        self.pending.is_empty() && self.fence.is_open() && self.directory.quiet()
+    }
+
+    /// Counters since the start.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Replicas held now.
+    pub fn replicas(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// The machine's pages.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Takes one step.
+    ///
+    /// # Errors
+    /// When a peer's message is not possible in the state this node is in; the node can't go on.
+    pub fn step(
+        &mut self,
+        input: Input<W>,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        if let Some(page) = self.late_discard.take() {
+            memory.discard(page);
+        }
+        match input {
+            Input::Fault { page, write } => self.fault(page, write, memory, out),
+            Input::Roots(pages) => self.tables.set_roots(pages),
+            Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
+            Input::Message { from, message } => self.receive(from, message, memory, out)?,
+        }
+        while let Some(message) = self.loopback.pop_front() {
+            self.receive(self.me, message, memory, out)?;
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let access = self.access[page as usize];
+        let allowed = match access {
+            Access::Invalid => false,
+            Access::Shared => !write,
+            Access::Exclusive | Access::Replicated => true,
+        };
+        if allowed {
+            self.counters.stale_faults += 1;
+            return memory.wake(page);
+        }
+        if self.pending.contains_key(&page) {
+            // The answer wakes everybody; who needs more than it gives faults again.
+            self.counters.stale_faults += 1;
+            return;
+        }
+        match (access, write) {
+            (Access::Shared, _) => self.counters.upgrade_faults += 1,
+            (_, true) => self.counters.write_faults += 1,
+            (_, false) => self.counters.read_faults += 1,
+        }
+        self.pending.insert(page, Pending { write, answer: None, acks_due: 0, acks: 0 });
+        let table = self.replicate && self.tables.level(page).is_some();
+        self.send(self.geometry.home(page), Message::Get { page, write, table }, memory, out);
+    }
+
+    /// Sends, or keeps until the merges that must be in place before it are. To ourselves: at once.
+    pub(super) fn send(&mut self, to: NodeId, message: Message<W>, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        if to == self.me {
+            return self.loopback.push_back(message);
+        }
+        if message.releases() {
+            self.flush(memory, out);
+        }
+        if message.bypasses_fence() || self.fence.is_open() {
+            out.sends.push((to, message));
+        } else {
+            self.fence.hold(to, message);
+        }
+    }
+
+    fn receive(
+        &mut self,
+        from: NodeId,
+        message: Message<W>,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let bad = |what, page| Err(ProtocolError { from, what, page });
+        if let Some(page) = page_of(&message) {
+            if page >= self.geometry.pages() {
+                return bad("a page that does not exist", page);
+            }
+        }
+        match message {
+            Message::Machine(bytes) => out.deliver.push((from, bytes)),
+            Message::Get { page, write, table } => self.home_get(from, page, write, table, memory, out)?,
+            Message::Done { page } => self.home_done(from, page, memory, out)?,
+            Message::Promote { page, requester, level, data } => {
+                self.home_promote(from, page, requester, level, data, memory, out)?;
+            }
+            Message::Demote { page } => self.home_demote(from, page, memory, out)?,
+            Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
+            Message::Fetch { page, requester, write, acks, alone, table, done } => {
+                if from != self.geometry.home(page) || usize::from(requester) >= self.geometry.nodes() {
+                    return bad("Fetch", page);
+                }
+                if !matches!(self.access[page as usize], Access::Shared | Access::Exclusive) {
+                    return bad("Fetch", page);
+                }
+                let promoted = self.replicate && alone && self.promote(page, requester, table, memory, out);
+                if !promoted {
+                    self.yield_page(page, requester, write, acks, done, memory, out);
+                    if from == self.me && !done {
+                        self.home_sent(page, memory, out)?;
+                    }
+                }
+            }
+            Message::Invalidate { page, requester } => {
+                let access = self.access[page as usize];
+                if from != self.geometry.home(page)
+                    || usize::from(requester) >= self.geometry.nodes()
+                    || access != Access::Shared
+                {
+                    return bad("Invalidate", page);
+                }
+                if self.bug == Some(Bug::AckBeforeInvalidate) {
+                    self.late_discard = Some(page);
+                } else {
+                    memory.discard(page);
+                }
+                self.access[page as usize] = Access::Invalid;
+                self.note_lost(page, out);
+                self.counters.invalidations += 1;
+                self.send(requester, Message::InvalidateAck { page }, memory, out);
+            }
+            Message::Data { page, write, acks, done, data } => {
+                let answer = Answer::Data { write, done, data };
+                self.answer(from, page, acks, answer, memory, out)?;
+            }
+            Message::Grant { page, zero, acks, done } => {
+                if from != self.geometry.home(page) {
+                    return bad("Grant", page);
+                }
+                let answer = if zero { Answer::Zero { done } } else { Answer::Upgrade { done } };
+                self.answer(from, page, acks, answer, memory, out)?;
+            }
+            Message::InvalidateAck { page } => {
+                let Some(pending) = self.pending.get_mut(&page) else { return bad("InvalidateAck", page) };
+                pending.acks = pending.acks.saturating_add(1);
+                self.complete(from, page, memory, out)?;
+            }
+            Message::Replica { page, level, data } => {
+                let expected = from == self.geometry.home(page) && self.pending.remove(&page).is_some();
+                if !expected || self.access[page as usize] != Access::Invalid || !(1..=pte::ROOT_LEVEL).contains(&level) {
+                    return bad("Replica", page);
+                }
+                self.counters.pages_in += 1;
+                memory.install(page, &data, true);
+                self.access[page as usize] = Access::Replicated;
+                self.tables.insert(&self.geometry, page, level, data);
+            }
+            Message::Merge { id, changes } => {
+                let possible = |c: &&Change| {
+                    c.page < self.geometry.pages() && usize::from(c.word) < W && {
+                        let home = self.geometry.home(c.page);
+                        home == self.me || home == from
+                    }
+                };
+                if let Some(c) = changes.iter().find(|c| !possible(c)) {
+                    return bad("Merge", c.page);
+                }
+                self.merge(from, id, changes, memory, out);
+            }
+            Message::Merged { id } => {
+                self.fence_merged(from, id, out);
+            }
+            Message::Drop { page } => {
+                if from != self.geometry.home(page) || self.access[page as usize] != Access::Replicated {
+                    return bad("Drop", page);
+                }
+                self.flush(memory, out);
+                memory.protect(page);
+                let changes = self.last_changes(page, memory);
+                memory.discard(page);
+                self.access[page as usize] = Access::Invalid;
+                self.tables.remove(&self.geometry, page);
+                self.note_lost(page, out);
+                self.send(from, Message::Dropped { page, changes }, memory, out);
+                self.fence_demoted(page, out);
+            }
+            Message::Demoted { page, changes } => {
+                if from != self.geometry.home(page) || self.access[page as usize] != Access::Replicated {
+                    return bad("Demoted", page);
+                }
+                self.take_back(page, &changes, memory);
+                self.fence_demoted(page, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// As owner: sends the page to `requester`, keeping a read-only copy if it only reads.
+    #[allow(clippy::too_many_arguments)]
+    fn yield_page(
+        &mut self,
+        page: u32,
+        requester: NodeId,
+        write: bool,
+        acks: u8,
+        done: bool,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) {
+        if self.bug == Some(Bug::MergeBeforeFreeze) {
+            self.flush(memory, out);
+        }
+        // Frozen first, so that no table change can be published through this page after the merge.
+        if self.access[page as usize] == Access::Exclusive {
+            memory.protect(page);
+            self.access[page as usize] = Access::Shared;
+        }
+        let data = memory.read(page);
+        if write {
+            memory.discard(page);
+            self.access[page as usize] = Access::Invalid;
+            self.note_lost(page, out);
+        }
+        self.counters.pages_out += 1;
+        let message = Message::Data { page, write, acks, done, data };
+        if self.bug == Some(Bug::MergeBeforeFreeze) {
+            return out.sends.push((requester, message));
+        }
+        self.send(requester, message, memory, out);
+    }
+
+    fn note_lost(&mut self, page: u32, out: &mut Output<W>) {
+        let lost = &mut self.lost[page as usize];
+        *lost = lost.saturating_add(1);
+        out.want_roots |= self.replicate && *lost >= 2;
+    }
+
+    fn answer(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        acks: u8,
+        answer: Answer<W>,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        match self.pending.get_mut(&page) {
+            Some(pending) if pending.answer.is_none() => {
+                pending.answer = Some(answer);
+                pending.acks_due = acks;
+            }
+            _ => return Err(ProtocolError { from, what: "an answer nobody asked for", page }),
+        }
+        self.complete(from, page, memory, out)
+    }
+
+    /// Completes a request once its answer and all acknowledgements are here.
+    fn complete(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let ready = self.pending.get(&page).is_some_and(|p| p.answer.is_some() && p.acks >= p.acks_due);
+        if !ready {
+            return Ok(());
+        }
+        let pending = self.pending.remove(&page).expect("just seen");
+        let access = &mut self.access[page as usize];
+        let done = match (pending.answer.expect("just seen"), *access) {
+            (Answer::Zero { done }, Access::Invalid) => {
+                self.counters.zero_grants += 1;
+                memory.install_zero(page, true);
+                *access = Access::Exclusive;
+                done
+            }
+            (Answer::Data { write, done, data }, Access::Invalid) => {
+                self.counters.pages_in += 1;
+                memory.install(page, &data, write);
+                *access = if write { Access::Exclusive } else { Access::Shared };
+                done
+            }
+            (Answer::Upgrade { done }, Access::Shared) => {
+                memory.unprotect(page);
+                *access = Access::Exclusive;
+                done
+            }
+            _ => return Err(ProtocolError { from, what: "an answer that does not fit", page }),
+        };
+        if done {
+            self.send(self.geometry.home(page), Message::Done { page }, memory, out);
+        }
+        Ok(())
+    }
+
+    /// The words of a replica that changed since the last merge; its twin follows.
+    pub(super) fn last_changes(&mut self, page: u32, memory: &mut impl Memory<W>) -> Vec<Change> {
+        let Some((_, replica)) = self.tables.replica(page) else { return Vec::new() };
+        let mut found = Vec::new();
+        memory.differences(page, &replica.twin, &mut found);
+        let twin = replica.twin.clone();
+        found
+            .into_iter()
+            .map(|(word, new)| Change { page, word, old: twin[usize::from(word)], new })
+            .collect()
+    }
+}
+
+fn page_of<const W: usize>(message: &Message<W>) -> Option<u32> {
+    use Message::*;
+    match *message {
+        Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
+        InvalidateAck { page } | Done { page } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
+        Drop { page } | Dropped { page, .. } | Demoted { page, .. } => Some(page),
+        Merge { .. } | Merged { .. } | Machine(_) => None,
+    }
+}

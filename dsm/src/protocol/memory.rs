@@ -1,0 +1,35 @@
+//! What the protocol asks of the guest memory of its own node.
+
+/// The content of one page: `W` 64-bit words (512 on x86; a few in the model checker).
+pub type PageData<const W: usize> = [u64; W];
+
+/// Guest memory of one node, page by page. Page numbers are dense indices over the RAM ranges.
+///
+/// The running guest (vCPUs, hardware page walks, device threads) reads and writes present pages at
+/// any time; `compare_exchange` and `load` are atomic against it. `protect` and `discard` return
+/// only when no vCPU can write (or touch) the page any more.
+pub trait Memory<const W: usize> {
+    /// Present and writable becomes present and read-only: writers fault.
+    fn protect(&mut self, page: u32);
+    /// Present and read-only becomes writable; waiters are woken.
+    fn unprotect(&mut self, page: u32);
+    /// The content of a present page, each word read atomically.
+    fn read(&self, page: u32) -> Box<PageData<W>>;
+    /// Absent becomes present with `data`; waiters are woken.
+    fn install(&mut self, page: u32, data: &PageData<W>, writable: bool);
+    /// Absent becomes present, all zero; waiters are woken.
+    fn install_zero(&mut self, page: u32, writable: bool);
+    /// Present becomes absent: whoever touches it faults.
+    fn discard(&mut self, page: u32);
+    /// Lets waiters on a page try again.
+    fn wake(&mut self, page: u32);
+    /// One word of a present page.
+    fn load(&self, page: u32, word: usize) -> u64;
+    /// Changes one word of a present, writable page if it still holds `old`.
+    ///
+    /// # Errors
+    /// The word's value, if it is not `old`.
+    fn compare_exchange(&mut self, page: u32, word: usize, old: u64, new: u64) -> Result<u64, u64>;
+    /// Appends (word, value now) for every word of a present page that differs from `twin`.
+    fn differences(&self, page: u32, twin: &PageData<W>, out: &mut Vec<(u16, u64)>);
+}

@@ -1,0 +1,320 @@
+//! The messages between nodes and their form on the wire.
+//!
+//! Little-endian; a tag byte, the page (u32), then the fields in order. Page data travel as plain
+//! words. Nothing read from a peer is trusted: lengths are checked here, page numbers, node numbers
+//! and the message's place in the protocol by the engine.
+
+use super::memory::PageData;
+
+/// A node's number: its place in the hosts file.
+pub type NodeId = u8;
+
+/// Most nodes one machine can have: sets of nodes are 64-bit masks.
+pub const MAX_NODES: usize = 64;
+
+/// A changed word of a replicated page-table page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Change {
+    /// Page index.
+    pub page: u32,
+    /// Word in the page.
+    pub word: u16,
+    /// Value at the last merge.
+    pub old: u64,
+    /// Value now.
+    pub new: u64,
+}
+
+/// One protocol message. *Home*, *owner*, *sharer* and *holder* (of a replica) are roles; see the
+/// module documentation of [`super`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Message<const W: usize> {
+    /// Requester to home: I need this page. `table`: I reach it as a page table.
+    Get { page: u32, write: bool, table: bool },
+    /// Home to owner: send your copy to `requester`; `acks` sharers will acknowledge to it. `alone`:
+    /// there are no sharers, so a table may be promoted. `done`: home waits for the requester's Done.
+    Fetch { page: u32, requester: NodeId, write: bool, acks: u8, alone: bool, table: bool, done: bool },
+    /// Owner to requester: the page.
+    Data { page: u32, write: bool, acks: u8, done: bool, data: Box<PageData<W>> },
+    /// Home to requester: no data needed. `zero`: nobody wrote this page yet; else: your copy is valid.
+    Grant { page: u32, zero: bool, acks: u8, done: bool },
+    /// Home to sharer: drop your copy and tell `requester`.
+    Invalidate { page: u32, requester: NodeId },
+    /// Sharer to requester: dropped.
+    InvalidateAck { page: u32 },
+    /// Requester to home: my request is complete.
+    Done { page: u32 },
+    /// Owner to home: the page is a page table that `requester` walks too; keep it replicated.
+    Promote { page: u32, requester: NodeId, level: u8, data: Box<PageData<W>> },
+    /// Home to a new holder: your replica.
+    Replica { page: u32, level: u8, data: Box<PageData<W>> },
+    /// Holder to home, home to the other holders: words changed since the last merge.
+    Merge { id: u32, changes: Vec<Change> },
+    /// The merge `id` is in place at everybody it concerns.
+    Merged { id: u32 },
+    /// Holder to home: no longer a page table here; I want to be its owner.
+    Demote { page: u32 },
+    /// Home to holder: give up your replica.
+    Drop { page: u32 },
+    /// Holder to home: given up; the last words changed here.
+    Dropped { page: u32, changes: Vec<Change> },
+    /// Home to the new owner: you alone have it; the last words changed elsewhere.
+    Demoted { page: u32, changes: Vec<Change> },
+    /// Not ours: an interrupt, I/O, anything the machine sends. Ordered with, and released like, data.
+    Machine(Vec<u8>),
+}
+
+/// A peer sent something that is not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("malformed protocol message")]
+pub struct Malformed;
+
+/// Most changes in one message; a flush with more is split.
+pub const MAX_CHANGES: usize = 8192;
+
+impl<const W: usize> Message<W> {
+    /// Appends the wire form.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        use Message::*;
+        let head = |out: &mut Vec<u8>, tag: u8, page: u32| {
+            out.push(tag);
+            out.extend(page.to_le_bytes());
+        };
+        match self {
+            Get { page, write, table } => {
+                head(out, 1, *page);
+                out.push(u8::from(*write) | u8::from(*table) << 1);
+            }
+            Fetch { page, requester, write, acks, alone, table, done } => {
+                head(out, 2, *page);
+                out.extend([*requester, *acks]);
+                out.push(u8::from(*write) | u8::from(*table) << 1 | u8::from(*alone) << 2 | u8::from(*done) << 3);
+            }
+            Data { page, write, acks, done, data } => {
+                head(out, 3, *page);
+                out.extend([*acks, u8::from(*write) | u8::from(*done) << 3]);
+                put_words(out, data);
+            }
+            Grant { page, zero, acks, done } => {
+                head(out, 4, *page);
+                out.extend([*acks, u8::from(*zero) | u8::from(*done) << 3]);
+            }
+            Invalidate { page, requester } => {
+                head(out, 5, *page);
+                out.push(*requester);
+            }
+            InvalidateAck { page } => head(out, 6, *page),
+            Done { page } => head(out, 7, *page),
+            Promote { page, requester, level, data } => {
+                head(out, 8, *page);
+                out.extend([*requester, *level]);
+                put_words(out, data);
+            }
+            Replica { page, level, data } => {
+                head(out, 9, *page);
+                out.push(*level);
+                put_words(out, data);
+            }
+            Merge { id, changes } => {
+                head(out, 10, *id);
+                put_changes(out, changes);
+            }
+            Merged { id } => head(out, 11, *id),
+            Demote { page } => head(out, 12, *page),
+            Drop { page } => head(out, 13, *page),
+            Dropped { page, changes } => {
+                head(out, 14, *page);
+                put_changes(out, changes);
+            }
+            Demoted { page, changes } => {
+                head(out, 15, *page);
+                put_changes(out, changes);
+            }
+            Machine(bytes) => {
+                out.push(16);
+                out.extend(bytes);
+            }
+        }
+    }
+
+    /// Reads one message that fills `bytes`.
+    ///
+    /// # Errors
+    /// [`Malformed`] when the tag is unknown or the length is not exactly right.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        use Message::*;
+        let mut r = Reader(bytes);
+        let tag = r.u8()?;
+        if tag == 16 {
+            return Ok(Machine(r.0.to_vec()));
+        }
+        let page = r.u32()?;
+        let flag = |f: u8, bit: u8| f >> bit & 1 != 0;
+        let message = match tag {
+            1 => {
+                let f = r.u8()?;
+                Get { page, write: flag(f, 0), table: flag(f, 1) }
+            }
+            2 => {
+                let (requester, acks, f) = (r.u8()?, r.u8()?, r.u8()?);
+                Fetch {
+                    page,
+                    requester,
+                    acks,
+                    write: flag(f, 0),
+                    table: flag(f, 1),
+                    alone: flag(f, 2),
+                    done: flag(f, 3),
+                }
+            }
+            3 => {
+                let (acks, f) = (r.u8()?, r.u8()?);
+                Data { page, acks, write: flag(f, 0), done: flag(f, 3), data: r.words()? }
+            }
+            4 => {
+                let (acks, f) = (r.u8()?, r.u8()?);
+                Grant { page, acks, zero: flag(f, 0), done: flag(f, 3) }
+            }
+            5 => Invalidate { page, requester: r.u8()? },
+            6 => InvalidateAck { page },
+            7 => Done { page },
+            8 => Promote { page, requester: r.u8()?, level: r.u8()?, data: r.words()? },
+            9 => Replica { page, level: r.u8()?, data: r.words()? },
+            10 => Merge { id: page, changes: r.changes()? },
+            11 => Merged { id: page },
+            12 => Demote { page },
+            13 => Drop { page },
+            14 => Dropped { page, changes: r.changes()? },
+            15 => Demoted { page, changes: r.changes()? },
+            _ => return Err(Malformed),
+        };
+        if r.0.is_empty() { Ok(message) } else { Err(Malformed) }
+    }
+
+    /// Whether what this message tells may let another host's guest act on what this host's guest
+    /// did: page tables must be merged before it leaves.
+    pub(super) fn releases(&self) -> bool {
+        matches!(self, Message::Data { .. } | Message::InvalidateAck { .. } | Message::Machine(_))
+    }
+
+    /// Whether this message may overtake those that wait for a merge to be in place: requests, and
+    /// everything that a merge or a demotion itself needs to complete.
+    pub(super) fn bypasses_fence(&self) -> bool {
+        use Message::*;
+        !matches!(
+            self,
+            Data { .. } | Grant { .. } | Fetch { .. } | Invalidate { .. } | InvalidateAck { .. } | Done { .. } | Machine(_)
+        )
+    }
+}
+
+fn put_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
+    out.reserve(W * 8);
+    for w in words {
+        out.extend(w.to_le_bytes());
+    }
+}
+
+fn put_changes(out: &mut Vec<u8>, changes: &[Change]) {
+    out.extend((changes.len() as u32).to_le_bytes());
+    for c in changes {
+        out.extend(c.page.to_le_bytes());
+        out.extend(c.word.to_le_bytes());
+        out.extend(c.old.to_le_bytes());
+        out.extend(c.new.to_le_bytes());
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+        let (head, rest) = self.0.split_first_chunk::<N>().ok_or(Malformed)?;
+        self.0 = rest;
+        Ok(*head)
+    }
+
+    fn u8(&mut self) -> Result<u8, Malformed> {
+        Ok(self.take::<1>()?[0])
+    }
+
+    fn u32(&mut self) -> Result<u32, Malformed> {
+        Ok(u32::from_le_bytes(self.take()?))
+    }
+
+    fn words<const W: usize>(&mut self) -> Result<Box<PageData<W>>, Malformed> {
+        let mut words = Box::new([0; W]);
+        for w in words.iter_mut() {
+            *w = u64::from_le_bytes(self.take()?);
+        }
+        Ok(words)
+    }
+
+    fn changes(&mut self) -> Result<Vec<Change>, Malformed> {
+        let count = self.u32()? as usize;
+        if count > MAX_CHANGES {
+            return Err(Malformed);
+        }
+        (0..count)
+            .map(|_| {
+                Ok(Change {
+                    page: self.u32()?,
+                    word: u16::from_le_bytes(self.take()?),
+                    old: u64::from_le_bytes(self.take()?),
+                    new: u64::from_le_bytes(self.take()?),
+                })
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Vec<Message<2>> {
+        use Message::*;
+        let change = Change { page: 9, word: 1, old: 3, new: u64::MAX };
+        vec![
+            Get { page: 7, write: true, table: false },
+            Fetch { page: 7, requester: 3, write: false, acks: 2, alone: true, table: true, done: false },
+            Data { page: 1, write: true, acks: 4, done: true, data: Box::new([5, 6]) },
+            Grant { page: 1, zero: true, acks: 0, done: false },
+            Invalidate { page: 2, requester: 63 },
+            InvalidateAck { page: 2 },
+            Done { page: u32::MAX },
+            Promote { page: 3, requester: 1, level: 4, data: Box::new([0, 1]) },
+            Replica { page: 3, level: 2, data: Box::new([7, 8]) },
+            Merge { id: 77, changes: vec![change, change] },
+            Merged { id: 77 },
+            Demote { page: 4 },
+            Drop { page: 4 },
+            Dropped { page: 4, changes: vec![] },
+            Demoted { page: 4, changes: vec![change] },
+            Machine(b"anything".to_vec()),
+        ]
+    }
+
+    #[test]
+    fn every_message_survives_the_wire_and_no_prefix_of_one_parses() {
+        for message in all() {
+            let mut bytes = Vec::new();
+            message.encode(&mut bytes);
+            assert_eq!(Message::decode(&bytes), Ok(message.clone()));
+            if !matches!(message, Message::Machine(_)) {
+                for cut in 0..bytes.len() {
+                    assert_eq!(Message::<2>::decode(&bytes[..cut]), Err(Malformed), "{message:?} cut at {cut}");
+                }
+                bytes.push(0);
+                assert_eq!(Message::<2>::decode(&bytes), Err(Malformed));
+            }
+        }
+    }
+
+    #[test]
+    fn a_huge_count_is_refused_before_anything_is_allocated() {
+        let mut bytes = vec![10, 0, 0, 0, 0];
+        bytes.extend(u32::MAX.to_le_bytes());
+        assert_eq!(Message::<2>::decode(&bytes), Err(Malformed));
+    }
+}

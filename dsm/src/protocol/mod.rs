@@ -1,0 +1,38 @@
+//! The coherence protocol, as a pure state machine.
+//!
+//! Every page has a **home** (by its place in the NUMA layout), whose directory knows the page's
+//! **owner** (who has the newest copy), its **sharers** (who may read), or, for page tables that several
+//! nodes walk, its **holders** (who have a writable replica). A node that needs a page sends `Get` to
+//! home; home sends `Fetch` to the owner and `Invalidate` to the sharers at once; the owner sends `Data`
+//! and the sharers `InvalidateAck` straight to the requester: three messages deep, whatever the number
+//! of sharers. Home works on one request a page at a time.
+//!
+//! ARCHITECTURE.md holds the argument: states, invariants, and why replicated tables are sound.
+
+mod directory;
+mod engine;
+mod fence;
+mod geometry;
+mod memory;
+mod merge;
+mod message;
+#[cfg(test)]
+mod model;
+pub mod pte;
+mod tables;
+
+pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
+pub use geometry::Geometry;
+pub use memory::{Memory, PageData};
+pub use message::{Change, MAX_NODES, Malformed, Message, NodeId};
+
+/// Protocol bugs that can be planted, to show that the model check and the litmus tests find them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Bug {
+    /// A sharer acknowledges an invalidation before it has dropped its copy.
+    AckBeforeInvalidate,
+    /// Tables are merged before the page that leaves is frozen, not after.
+    MergeBeforeFreeze,
+    /// A replica is kept although it is a page table no longer.
+    NoReachability,
+}

@@ -1,0 +1,299 @@
+//! What is checked: small guests whose outcomes tell whether the memory was coherent.
+
+use super::super::{Bug, PageData, pte};
+use super::world::{Cpu, Op, W, World};
+use super::{Report, explore};
+
+use Op::*;
+
+const LIMIT: usize = 3_000_000;
+
+fn check(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) -> Report {
+    let report = explore(world, LIMIT, intrusions, &end);
+    println!("{name}: {} states, {} ends{}", report.states, report.ends, if report.failure.is_some() { ", FAILED" } else { "" });
+    report
+}
+
+fn holds(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
+    let report = check(name, world, intrusions, end);
+    assert!(report.ends > 0 || report.failure.is_some(), "{name}: no end was reached");
+    if let Some(failure) = report.failure {
+        panic!("{name}: {failure}");
+    }
+}
+
+fn is_caught(name: &str, mut world: World, bug: Bug, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
+    world.plant(bug);
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(name, world, intrusions, end)));
+    match caught {
+        Ok(report) => assert!(report.failure.is_some(), "{name}: the planted bug {bug:?} was not found"),
+        Err(_) => println!("{name}: the planted bug {bug:?} broke an assertion"),
+    }
+}
+
+fn require(ok: bool, what: impl Fn() -> String) -> Result<(), String> {
+    if ok { Ok(()) } else { Err(what()) }
+}
+
+fn results(world: &World) -> Vec<Vec<u64>> {
+    world.cpus.iter().map(|c| c.results.clone()).collect()
+}
+
+/// Two data pages, homed at different nodes, nothing loaded.
+fn data(homes: &[u32], cpus: Vec<Cpu>) -> World {
+    World::new(homes, &[], 0..0, cpus)
+}
+
+const X: u32 = 0;
+const Y: u32 = 1;
+
+fn store_buffering() -> (World, impl Fn(&World) -> Result<(), String>) {
+    let world = data(&[1, 1], vec![Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0)]), Cpu::new(1, &[Store(Y, 0, 1), Load(X, 0)])]);
+    (world, |w: &World| require(results(w) != [[0], [0]], || "both loads missed both stores".into()))
+}
+
+#[test]
+fn store_buffering_is_sequential() {
+    let (world, end) = store_buffering();
+    holds("store buffering", world, 1, end);
+}
+
+#[test]
+fn messages_are_passed_in_order() {
+    for homes in [&[2, 0][..], &[0, 2], &[1, 1]] {
+        let world =
+            data(homes, vec![Cpu::new(0, &[Load(X, 0), Store(X, 0, 1), Store(Y, 0, 1)]), Cpu::new(1, &[Load(X, 0), Wait(Y, 0, 1), Load(X, 0)])]);
+        holds("message passing", world, 1, |w| require(w.cpus[1].results[1] == 1, || "flag seen, data not".into()));
+    }
+}
+
+#[test]
+fn independent_readers_agree_on_the_order_of_writes() {
+    let world = data(
+        &[1, 1, 0],
+        vec![
+            Cpu::new(0, &[Store(X, 0, 1)]),
+            Cpu::new(1, &[Load(X, 0), Load(Y, 0)]),
+            Cpu::new(2, &[Load(Y, 0), Load(X, 0)]),
+            Cpu::new(0, &[Store(Y, 0, 1)]),
+        ],
+    );
+    holds("independent reads", world, 0, |w| {
+        let r = results(w);
+        require(!(r[1] == [1, 0] && r[2] == [1, 0]), || format!("{r:?}"))
+    });
+}
+
+#[test]
+fn three_nodes_lose_no_increment() {
+    for homes in [&[1, 0, 0][..], &[0, 0, 1]] {
+        let cpus = (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0), Increment(X, 0)])).collect();
+        holds("increments", data(homes, cpus), 0, |w| require(w.value(X, 0) == 6, || format!("{} of 6", w.value(X, 0))));
+    }
+}
+
+#[test]
+fn an_early_acknowledgement_is_caught() {
+    let world = data(
+        &[1, 1],
+        vec![Cpu::new(0, &[Load(X, 0), Store(X, 0, 1), Store(Y, 0, 1)]), Cpu::new(1, &[Load(X, 0), Wait(Y, 0, 1), Load(X, 0)])],
+    );
+    is_caught("early acknowledgement", world, Bug::AckBeforeInvalidate, 1, |w| {
+        require(w.cpus[1].results[1] == 1, || "flag seen, data not".into())
+    });
+}
+
+// Page tables: a root of the kernel image, a table below it, one below that, and data pages.
+const ROOT: u32 = 0;
+const UPPER: u32 = 1;
+const TABLE: u32 = 2;
+const FLAG: u32 = 4;
+
+const LINK: u64 = pte::PRESENT | pte::WRITABLE | pte::ACCESSED | pte::DIRTY;
+const NEW: u64 = 9 << 12 | pte::PRESENT;
+
+fn link(page: u32) -> u64 {
+    u64::from(page) << 12 | LINK
+}
+
+fn words(first: u64) -> PageData<W> {
+    [first, 0, 0, 0]
+}
+
+/// Path from the root to entry 1 of TABLE, which starts empty.
+const PATH: &[usize] = &[0, 0, 1];
+
+fn tables(homes: &[u32], cpus: Vec<Cpu>) -> World {
+    let loaded = [(ROOT, words(link(UPPER))), (UPPER, words(link(TABLE))), (TABLE, [0; W])];
+    let mut world = World::new(homes, &loaded, 0..1, cpus);
+    world.set_root(ROOT);
+    world
+}
+
+/// Replicates what a scenario needs first: every node walks the tables in turn, before the programs.
+fn warmed(homes: &[u32], programs: &[&[Op]]) -> World {
+    let cpus = programs
+        .iter()
+        .enumerate()
+        .map(|(n, p)| Cpu::new(n, &[&[Walk(ROOT, PATH)], *p].concat()))
+        .collect();
+    let mut world = tables(homes, cpus);
+    // Two rounds: a table is replicated once its parent is, on both sides.
+    for _ in 0..2 {
+        for c in 0..programs.len() {
+            world.cpus[c].at = 0;
+            world.cpus[c].results.clear();
+            while world.cpus[c].at == 0 {
+                let action = world
+                    .actions()
+                    .into_iter()
+                    .find(|a| !matches!(a, super::world::Action::Cpu(other) if *other != c))
+                    .expect("the walk goes on");
+                world.act(action, None);
+            }
+        }
+    }
+    assert_eq!(world.engines.iter().map(|e| e.replicas()).max(), Some(3), "the tables are replicated");
+    world
+}
+
+fn published(w: &World) -> Result<(), String> {
+    let last = w.cpus.last().expect("a CPU").results.last().copied();
+    require(last == Some(NEW), || format!("the walk after the signal found {last:x?}"))
+}
+
+const TABLE_HOMES: [&[u32]; 3] = [&[5, 0], &[0, 5], &[2, 3]];
+
+#[test]
+fn a_table_change_is_in_place_before_the_page_that_tells_of_it() {
+    for homes in TABLE_HOMES {
+        let world = warmed(
+            homes,
+            &[&[Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]],
+        );
+        holds("table change, then page", world, 3, published);
+    }
+}
+
+#[test]
+fn a_table_change_is_in_place_before_the_interrupt_that_tells_of_it() {
+    for homes in TABLE_HOMES {
+        let world = warmed(homes, &[&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Walk(ROOT, PATH)]]);
+        holds("table change, then interrupt", world, 3, published);
+    }
+}
+
+#[test]
+fn a_table_change_reaches_a_third_node_before_a_second_can_tell_it() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        let world = warmed(
+            homes,
+            &[&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Interrupt(2)], &[AwaitInterrupt, Walk(ROOT, PATH)]],
+        );
+        holds("table change through a third node", world, 1, published);
+    }
+}
+
+#[test]
+fn tables_and_pages_together_buffer_no_stores() {
+    for homes in TABLE_HOMES {
+        let world = warmed(
+            homes,
+            &[&[Store(TABLE, 1, NEW), Load(FLAG, 0)], &[Load(FLAG, 0), Store(FLAG, 0, 1), Walk(ROOT, PATH)]],
+        );
+        holds("store buffering with a table", world, 2, |w| {
+            let (a, b) = (w.cpus[0].results[1], w.cpus[1].results[2]);
+            require(a == 1 || b == NEW, || format!("load {a}, walk {b:#x}"))
+        });
+    }
+}
+
+#[test]
+fn both_nodes_may_write_one_table() {
+    for homes in TABLE_HOMES {
+        let world = warmed(
+            homes,
+            &[
+                &[Store(TABLE, 1, NEW), Store(FLAG, 0, 1), Wait(FLAG, 1, 1), Load(TABLE, 2)],
+                &[Store(TABLE, 2, NEW), Wait(FLAG, 0, 1), Store(FLAG, 1, 1), Load(TABLE, 1)],
+            ],
+        );
+        holds("two writers of one table", world, 1, |w| {
+            let clean = |v: u64| v & !(pte::ACCESSED | pte::DIRTY);
+            let (a, b) = (clean(w.cpus[0].results[1]), clean(w.cpus[1].results[1]));
+            require(a == NEW && b == NEW, || format!("{a:#x} {b:#x}"))
+        });
+    }
+}
+
+/// Node 0 unlinks TABLE, reuses it as data holding a counter, and tells node 1.
+fn reuse(homes: &[u32]) -> World {
+    warmed(
+        homes,
+        &[
+            &[Store(UPPER, 0, 0), Store(TABLE, 0, 0), Store(FLAG, 0, 1), Increment(TABLE, 3)],
+            &[Wait(FLAG, 0, 1), Increment(TABLE, 3)],
+        ],
+    )
+}
+
+fn counted(w: &World) -> Result<(), String> {
+    require(w.value(TABLE, 3) == 2, || format!("{} of 2 increments", w.value(TABLE, 3)))
+}
+
+#[test]
+fn a_table_freed_and_reused_as_data_has_one_writer_again() {
+    for homes in TABLE_HOMES {
+        holds("table reused as data", reuse(homes), 2, counted);
+    }
+}
+
+#[test]
+fn a_table_reused_as_data_on_the_other_node_has_one_writer_again() {
+    for homes in TABLE_HOMES {
+        let world = warmed(
+            homes,
+            &[
+                &[Store(UPPER, 0, 0), Store(FLAG, 0, 1), Wait(FLAG, 1, 1), Increment(TABLE, 3)],
+                &[Wait(FLAG, 0, 1), Store(TABLE, 0, 0), Store(FLAG, 1, 1), Increment(TABLE, 3)],
+            ],
+        );
+        holds("table reused as data elsewhere", world, 1, counted);
+    }
+}
+
+#[test]
+fn one_word_changed_by_two_nodes_falls_back_to_one_writer() {
+    for homes in TABLE_HOMES {
+        let other = NEW + 0x1000;
+        let world = warmed(
+            homes,
+            &[&[Store(TABLE, 1, NEW), Interrupt(1), AwaitInterrupt], &[Store(TABLE, 1, other), Interrupt(0), AwaitInterrupt]],
+        );
+        holds("a conflict", world, 1, |w| {
+            let v = w.value(TABLE, 1) & !(pte::ACCESSED | pte::DIRTY);
+            require(v == NEW || v == other, || format!("{v:#x}"))
+        });
+    }
+}
+
+#[test]
+fn merging_before_freezing_is_caught() {
+    let world = warmed(
+        &[5, 0],
+        &[&[Store(FLAG, 1, 1), Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]],
+    );
+    is_caught("merge before freeze", world, Bug::MergeBeforeFreeze, 3, published);
+}
+
+#[test]
+fn keeping_a_freed_table_replicated_is_caught() {
+    is_caught("freed table kept", reuse(&[5, 0]), Bug::NoReachability, 1, counted);
+}
+
+#[test]
+fn cold_tables_are_replicated_on_demand_under_every_order() {
+    let programs: [&[Op]; 2] = [&[Walk(ROOT, PATH), Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Walk(ROOT, PATH), Wait(FLAG, 0, 1), Walk(ROOT, PATH)]];
+    let cpus = programs.iter().enumerate().map(|(n, p)| Cpu::new(n, p)).collect();
+    holds("cold tables", tables(&[2, 3], cpus), 1, published);
+}

@@ -1,0 +1,370 @@
+//! The world the checker explores: engines, their memories, the channels between them, and guests.
+
+use std::collections::VecDeque;
+
+use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
+
+/// Words a page: two in the user half of a root, two in the kernel half.
+pub const W: usize = 4;
+
+/// One guest operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// Plain store.
+    Store(u32, usize, u64),
+    /// Plain load, into the next result.
+    Load(u32, usize),
+    /// Atomic increment (a locked instruction: needs the page for writing).
+    Increment(u32, usize),
+    /// Waits until a word has a value.
+    Wait(u32, usize, u64),
+    /// Hardware walk of the path (entry indices from the root down): every table is touched for writing,
+    /// as AMD's nested paging does. The last entry's value, or 0 if an entry on the way is not
+    /// present, is the next result.
+    Walk(u32, &'static [usize]),
+    /// Interrupts a CPU.
+    Interrupt(usize),
+    /// Waits for an interrupt.
+    AwaitInterrupt,
+}
+
+/// One guest CPU.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cpu {
+    pub node: usize,
+    pub program: Vec<Op>,
+    pub at: usize,
+    /// Level of a walk under way and the table it has come to.
+    walk: (usize, u32),
+    pub results: Vec<u64>,
+    pub interrupts: u32,
+    /// The page whose fault it waits for.
+    blocked: Option<u32>,
+}
+
+impl Cpu {
+    pub fn new(node: usize, program: &[Op]) -> Self {
+        let program = program.to_vec();
+        Cpu { node, program, at: 0, walk: (0, 0), results: vec![], interrupts: 0, blocked: None }
+    }
+
+    pub fn finished(&self) -> bool {
+        self.at == self.program.len()
+    }
+}
+
+/// A page as one node's hardware sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mapped {
+    pub data: PageData<W>,
+    pub writable: bool,
+}
+
+/// What trying an operation came to.
+#[derive(Debug, PartialEq, Eq)]
+enum Tried {
+    Progress,
+    Fault(u32, bool),
+    Interrupt(usize),
+    Waiting,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct World {
+    pub engines: Vec<Engine<W>>,
+    pub memories: Vec<Vec<Option<Mapped>>>,
+    /// `channels[from][to]`.
+    pub channels: Vec<Vec<VecDeque<Message<W>>>>,
+    pub cpus: Vec<Cpu>,
+}
+
+/// While an engine takes a step, before its memory operation number `before`, CPU `cpu` of the same
+/// node runs up to `operations` operations.
+#[derive(Clone, Copy, Debug)]
+pub struct Intrusion {
+    pub before: usize,
+    pub cpu: usize,
+    pub operations: usize,
+}
+
+/// The memory of one node during one step of its engine.
+struct View<'a> {
+    pages: &'a mut Vec<Option<Mapped>>,
+    cpus: &'a mut Vec<Cpu>,
+    operation: usize,
+    intrusion: Option<Intrusion>,
+}
+
+impl View<'_> {
+    fn tick(&mut self) {
+        if let Some(i) = self.intrusion.filter(|i| i.before == self.operation) {
+            for _ in 0..i.operations {
+                let cpu = &mut self.cpus[i.cpu];
+                if cpu.blocked.is_some() || cpu.finished() || run(cpu, self.pages) != Tried::Progress {
+                    break;
+                }
+            }
+        }
+        self.operation += 1;
+    }
+
+    fn present(&mut self, page: u32) -> &mut Mapped {
+        self.pages[page as usize].as_mut().unwrap_or_else(|| panic!("page {page} is absent"))
+    }
+}
+
+impl Memory<W> for View<'_> {
+    fn protect(&mut self, page: u32) {
+        self.tick();
+        self.present(page).writable = false;
+    }
+    fn unprotect(&mut self, page: u32) {
+        self.tick();
+        self.present(page).writable = true;
+        self.wake(page);
+    }
+    fn read(&self, page: u32) -> Box<PageData<W>> {
+        Box::new(self.pages[page as usize].unwrap_or_else(|| panic!("page {page} is absent")).data)
+    }
+    fn install(&mut self, page: u32, data: &PageData<W>, writable: bool) {
+        self.tick();
+        assert_eq!(self.pages[page as usize], None, "page {page} is present already");
+        self.pages[page as usize] = Some(Mapped { data: *data, writable });
+        self.wake(page);
+    }
+    fn install_zero(&mut self, page: u32, writable: bool) {
+        self.install(page, &[0; W], writable);
+    }
+    fn discard(&mut self, page: u32) {
+        self.tick();
+        self.present(page);
+        self.pages[page as usize] = None;
+    }
+    fn wake(&mut self, page: u32) {
+        for cpu in self.cpus.iter_mut().filter(|c| c.blocked == Some(page)) {
+            cpu.blocked = None;
+        }
+    }
+    fn load(&self, page: u32, word: usize) -> u64 {
+        self.read(page)[word]
+    }
+    fn compare_exchange(&mut self, page: u32, word: usize, old: u64, new: u64) -> Result<u64, u64> {
+        self.tick();
+        let mapped = self.present(page);
+        assert!(mapped.writable, "the engine writes page {page}, which is protected");
+        let now = mapped.data[word];
+        if now == old {
+            mapped.data[word] = new;
+            Ok(old)
+        } else {
+            Err(now)
+        }
+    }
+    fn differences(&self, page: u32, twin: &PageData<W>, out: &mut Vec<(u16, u64)>) {
+        let now = self.read(page);
+        out.extend((0..W).filter(|&i| now[i] != twin[i]).map(|i| (i as u16, now[i])));
+    }
+}
+
+/// What the page holds, if it may be touched that way.
+fn touch(pages: &[Option<Mapped>], page: u32, write: bool) -> Result<PageData<W>, Tried> {
+    match pages[page as usize] {
+        Some(m) if m.writable || !write => Ok(m.data),
+        _ => Err(Tried::Fault(page, write)),
+    }
+}
+
+/// Tries the next operation of `cpu` on its node's memory.
+fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>]) -> Tried {
+    let op = cpu.program[cpu.at];
+    let tried = (|| {
+        match op {
+            Op::Store(page, word, value) => {
+                touch(pages, page, true)?;
+                pages[page as usize].as_mut().expect("touched").data[word] = value;
+            }
+            Op::Load(page, word) => cpu.results.push(touch(pages, page, false)?[word]),
+            Op::Increment(page, word) => {
+                touch(pages, page, true)?;
+                pages[page as usize].as_mut().expect("touched").data[word] += 1;
+            }
+            Op::Wait(page, word, value) => {
+                if touch(pages, page, false)?[word] != value {
+                    return Err(Tried::Waiting);
+                }
+            }
+            Op::Walk(root, path) => {
+                let (step, table) = if cpu.walk.0 == 0 { (0, root) } else { cpu.walk };
+                let entry = touch(pages, table, true)?[path[step]];
+                let entry_ref = &mut pages[table as usize].as_mut().expect("touched").data[path[step]];
+                let present = entry & pte::PRESENT != 0;
+                if present {
+                    *entry_ref |= pte::ACCESSED;
+                }
+                if step + 1 == path.len() || !present {
+                    let complete = step + 1 == path.len();
+                    cpu.results.push(if complete { entry & !(pte::ACCESSED | pte::DIRTY) } else { 0 });
+                    cpu.walk = (0, 0);
+                } else {
+                    cpu.walk = (step + 1, (entry >> 12) as u32);
+                    return Ok(false);
+                }
+            }
+            Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
+            Op::AwaitInterrupt => {
+                if cpu.interrupts == 0 {
+                    return Err(Tried::Waiting);
+                }
+                cpu.interrupts -= 1;
+            }
+        }
+        Ok(true)
+    })();
+    match tried {
+        Ok(complete) => {
+            cpu.at += usize::from(complete);
+            Tried::Progress
+        }
+        Err(tried) => tried,
+    }
+}
+
+/// Something that can happen next.
+#[derive(Clone, Copy, Debug)]
+pub enum Action {
+    Cpu(usize),
+    Deliver(usize, usize),
+}
+
+impl World {
+    /// `homes`: pages homed at each node. `loaded`: content of pages node 0 starts with.
+    pub fn new(homes: &[u32], loaded: &[(u32, PageData<W>)], image: std::ops::Range<u32>, cpus: Vec<Cpu>) -> Self {
+        let pages: u32 = homes.iter().sum();
+        let geometry = Geometry::new(&[(0, pages)], homes);
+        let n = homes.len();
+        let preloaded: Vec<_> = loaded.iter().map(|&(p, _)| p..p + 1).collect();
+        let mut memories = vec![vec![None; pages as usize]; n];
+        for &(page, data) in loaded {
+            memories[0][page as usize] = Some(Mapped { data, writable: true });
+        }
+        let engines = (0..n)
+            .map(|i| Engine::new(i as NodeId, geometry.clone(), &preloaded, image.clone(), true))
+            .collect();
+        World { engines, memories, channels: vec![vec![VecDeque::new(); n]; n], cpus }
+    }
+
+    pub fn plant(&mut self, bug: Bug) {
+        self.engines.iter_mut().for_each(|e| e.plant(bug));
+    }
+
+    /// All nodes know `page` to be in CR3 of one of their CPUs.
+    pub fn set_root(&mut self, page: u32) {
+        for node in 0..self.engines.len() {
+            self.step(node, Input::Roots(vec![page]), None);
+        }
+    }
+
+    /// The node whose engine an action may step.
+    pub fn node_of(&self, action: Action) -> usize {
+        match action {
+            Action::Cpu(c) => self.cpus[c].node,
+            Action::Deliver(_, to) => to,
+        }
+    }
+
+    pub fn actions(&self) -> Vec<Action> {
+        let cpus = (0..self.cpus.len()).filter(|&c| {
+            let cpu = &self.cpus[c];
+            if cpu.finished() || cpu.blocked.is_some() {
+                return false;
+            }
+            let mut pages = self.memories[cpu.node].clone();
+            run(&mut cpu.clone(), &mut pages) != Tried::Waiting
+        });
+        let n = self.engines.len();
+        let heads = (0..n).flat_map(|f| (0..n).map(move |t| (f, t))).filter(|&(f, t)| !self.channels[f][t].is_empty());
+        cpus.map(Action::Cpu).chain(heads.map(|(f, t)| Action::Deliver(f, t))).collect()
+    }
+
+    /// Does one action. Returns how many memory operations the engine made (0 if it took no step).
+    pub fn act(&mut self, action: Action, intrusion: Option<Intrusion>) -> usize {
+        match action {
+            Action::Cpu(c) => {
+                let node = self.cpus[c].node;
+                match run(&mut self.cpus[c], &mut self.memories[node]) {
+                    Tried::Fault(page, write) => {
+                        self.cpus[c].blocked = Some(page);
+                        self.step(node, Input::Fault { page, write }, intrusion)
+                    }
+                    Tried::Interrupt(to) => {
+                        self.cpus[c].at += 1;
+                        let target = self.cpus[to].node;
+                        if target == node {
+                            self.cpus[to].interrupts += 1;
+                            return 0;
+                        }
+                        self.step(node, Input::Send { to: target as NodeId, bytes: vec![to as u8] }, intrusion)
+                    }
+                    Tried::Progress | Tried::Waiting => 0,
+                }
+            }
+            Action::Deliver(from, to) => {
+                let message = self.channels[from][to].pop_front().expect("a head");
+                // Across the wire and back: the codec is part of what ships.
+                let mut bytes = Vec::new();
+                message.encode(&mut bytes);
+                let message = Message::decode(&bytes).expect("our own encoding");
+                self.step(to, Input::Message { from: from as NodeId, message }, intrusion)
+            }
+        }
+    }
+
+    fn step(&mut self, node: usize, input: Input<W>, intrusion: Option<Intrusion>) -> usize {
+        let mut out = Output::default();
+        let mut view =
+            View { pages: &mut self.memories[node], cpus: &mut self.cpus, operation: 0, intrusion };
+        self.engines[node].step(input, &mut view, &mut out).unwrap_or_else(|e| panic!("{e}"));
+        let operations = view.operation;
+        self.engines[node].forget_history();
+        for (to, message) in out.sends {
+            assert_ne!(usize::from(to), node, "a message to itself left the engine");
+            self.channels[node][usize::from(to)].push_back(message);
+        }
+        for (_, bytes) in out.deliver {
+            self.cpus[usize::from(bytes[0])].interrupts += 1;
+        }
+        operations
+    }
+
+    /// One writer or many readers, for every page that is not a replicated table.
+    pub fn check(&self) -> Result<(), String> {
+        for page in 0..self.memories[0].len() {
+            if self.engines.iter().any(|e| e.access(page as u32) == Access::Replicated) {
+                continue;
+            }
+            let present = self.memories.iter().filter(|m| m[page].is_some()).count();
+            let writers = self.memories.iter().filter(|m| m[page].is_some_and(|p| p.writable)).count();
+            if writers > 1 || (writers == 1 && present > 1) {
+                return Err(format!("page {page}: {writers} writers among {present} copies"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing can happen any more: everybody must be through.
+    pub fn check_end(&self) -> Result<(), String> {
+        if let Some(c) = self.cpus.iter().position(|c| !c.finished()) {
+            return Err(format!("CPU {c} waits for ever at operation {}", self.cpus[c].at));
+        }
+        match self.engines.iter().position(|e| !e.quiet()) {
+            Some(node) => Err(format!("node {node} waits for ever")),
+            None => Ok(()),
+        }
+    }
+
+    /// The value of a word in the newest copy.
+    pub fn value(&self, page: u32, word: usize) -> u64 {
+        let copies = || self.memories.iter().filter_map(|m| m[page as usize]);
+        copies().find(|m| m.writable).or_else(|| copies().next()).map_or(0, |m| m.data[word])
+    }
+}

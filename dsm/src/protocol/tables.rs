@@ -1,0 +1,226 @@
+//! The page-table pages this node holds a replica of, and what hangs below them.
+//!
+//! A page is a page table *now*, as far as this node can see, when it is a root or when an entry of
+//! a replica held here points to it. Both are kept up to date word by word, by every change made or
+//! merged here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use super::geometry::Geometry;
+use super::memory::PageData;
+use super::pte;
+
+/// A replica held here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Replica<const W: usize> {
+    /// The content at the last merge.
+    pub twin: Box<PageData<W>>,
+    /// Asked home to take it back; it no longer counts as anybody's parent.
+    pub leaving: bool,
+    /// A changed word cannot stand in a table of this level: the page is something else now.
+    pub implausible: bool,
+}
+
+/// What points to a page.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Link {
+    /// Entries of replicas held here: (page, word).
+    parents: BTreeSet<(u32, u16)>,
+    level: u8,
+    /// Seen at two levels at once: never treated as a table.
+    mixed: bool,
+}
+
+/// All this node knows of page tables.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Tables<const W: usize> {
+    replicas: BTreeMap<u32, (u8, Replica<W>)>,
+    /// Scan order: highest level first, so that whoever sees a new link sees what it points to.
+    order: BTreeSet<(std::cmp::Reverse<u8>, u32)>,
+    links: BTreeMap<u32, Link>,
+    roots: BTreeSet<u32>,
+    /// Pages of the loaded kernel image: its own tables are never freed.
+    image: Range<u32>,
+}
+
+impl<const W: usize> Tables<W> {
+    /// `image`: the pages the kernel image was loaded to.
+    pub fn new(image: Range<u32>) -> Self {
+        Tables { replicas: BTreeMap::new(), order: BTreeSet::new(), links: BTreeMap::new(), roots: BTreeSet::new(), image }
+    }
+
+    /// The pages the vCPUs that run here have in CR3 now.
+    pub fn set_roots(&mut self, roots: impl IntoIterator<Item = u32>) {
+        self.roots = roots.into_iter().collect();
+    }
+
+    /// The page's level if it is a table in use, as far as this node can see.
+    pub fn level(&self, page: u32) -> Option<u8> {
+        if self.roots.contains(&page) {
+            return Some(pte::ROOT_LEVEL);
+        }
+        self.links.get(&page).filter(|l| !l.mixed).map(|l| l.level)
+    }
+
+    /// The replica of `page`, if one is held.
+    pub fn replica(&self, page: u32) -> Option<(u8, &Replica<W>)> {
+        self.replicas.get(&page).map(|(level, r)| (*level, r))
+    }
+
+    /// An entry that pointed to the table `page` at the last merge: (page, word).
+    pub fn parent(&self, page: u32) -> Option<(u32, usize)> {
+        self.links.get(&page)?.parents.first().map(|&(parent, word)| (parent, usize::from(word)))
+    }
+
+    /// Pages held, parents before children.
+    pub fn held(&self) -> Vec<u32> {
+        self.order.iter().map(|&(_, page)| page).collect()
+    }
+
+    /// Number of replicas held.
+    pub fn len(&self) -> usize {
+        self.replicas.len()
+    }
+
+    /// A replica of `page` is held from now on.
+    pub fn insert(&mut self, geometry: &Geometry, page: u32, level: u8, twin: Box<PageData<W>>) {
+        for (word, &entry) in twin.iter().enumerate() {
+            self.link(geometry, (page, word), level, entry);
+        }
+        self.order.insert((std::cmp::Reverse(level), page));
+        self.replicas.insert(page, (level, Replica { twin, leaving: false, implausible: false }));
+    }
+
+    /// The replica of `page` is held no longer; returns its twin.
+    pub fn remove(&mut self, geometry: &Geometry, page: u32) -> Option<Box<PageData<W>>> {
+        let (level, replica) = self.replicas.remove(&page)?;
+        self.order.remove(&(std::cmp::Reverse(level), page));
+        if !replica.leaving {
+            for (word, &entry) in replica.twin.iter().enumerate() {
+                self.unlink(geometry, (page, word), level, entry);
+            }
+        }
+        Some(replica.twin)
+    }
+
+    /// Word `word` of a replica has become `new` (here, or by a merge).
+    pub fn set_word(&mut self, geometry: &Geometry, page: u32, word: usize, new: u64) {
+        let Some((level, replica)) = self.replicas.get_mut(&page) else { return };
+        let (level, leaving) = (*level, replica.leaving);
+        let old = std::mem::replace(&mut replica.twin[word], new);
+        if level == pte::ROOT_LEVEL {
+            let upper_half_lost = word >= W / 2 && old != 0 && new == 0;
+            replica.implausible |= upper_half_lost || !pte::plausible_root_entry(new);
+        }
+        if !leaving && pte::child_frame(old, level) != pte::child_frame(new, level) {
+            self.unlink(geometry, (page, word), level, old);
+            self.link(geometry, (page, word), level, new);
+        }
+    }
+
+    /// Replicas that are page tables no longer, children of such included. They are marked as leaving:
+    /// each is returned once.
+    pub fn take_orphans(&mut self, geometry: &Geometry) -> Vec<u32> {
+        let mut orphans = Vec::new();
+        // Parents come first, so one pass finds the children of those it marks.
+        for page in self.held() {
+            let (level, replica) = &self.replicas[&page];
+            if replica.leaving || self.is_table(page, *level, replica) {
+                continue;
+            }
+            let level = *level;
+            let (_, replica) = self.replicas.get_mut(&page).expect("held");
+            replica.leaving = true;
+            for (word, entry) in replica.twin.clone().iter().enumerate() {
+                self.unlink(geometry, (page, word), level, *entry);
+            }
+            orphans.push(page);
+        }
+        orphans
+    }
+
+    fn is_table(&self, page: u32, level: u8, replica: &Replica<W>) -> bool {
+        if level < pte::ROOT_LEVEL {
+            return self.links.get(&page).is_some_and(|l| !l.mixed && l.level == level);
+        }
+        // A root has no parent that could stop pointing to it. It is freed only after its user half
+        // was emptied, and the kernel image's own is never freed.
+        !replica.implausible && (self.image.contains(&page) || replica.twin[..W / 2].iter().any(|&e| e & pte::PRESENT != 0))
+    }
+
+    fn link(&mut self, geometry: &Geometry, from: (u32, usize), level: u8, entry: u64) {
+        if let Some(page) = pte::child_frame(entry, level).and_then(|f| geometry.page_of_frame(f)) {
+            let link = self.links.entry(page).or_insert_with(|| Link { level: level - 1, ..Link::default() });
+            link.parents.insert((from.0, from.1 as u16));
+            link.mixed |= link.level != level - 1;
+        }
+    }
+
+    fn unlink(&mut self, geometry: &Geometry, from: (u32, usize), level: u8, entry: u64) {
+        if let Some(page) = pte::child_frame(entry, level).and_then(|f| geometry.page_of_frame(f)) {
+            if let Some(link) = self.links.get_mut(&page) {
+                link.parents.remove(&(from.0, from.1 as u16));
+                if link.parents.is_empty() {
+                    self.links.remove(&page);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINK: u64 = pte::PRESENT | pte::WRITABLE | pte::ACCESSED;
+
+    fn entry(page: u64) -> u64 {
+        page << 12 | LINK
+    }
+
+    fn geometry() -> Geometry {
+        Geometry::new(&[(0, 16)], &[16])
+    }
+
+    #[test]
+    fn a_child_is_a_table_as_long_as_a_held_parent_points_to_it() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(0..0);
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        assert_eq!((t.level(2), t.level(3)), (Some(3), None));
+        t.insert(&g, 2, 3, Box::new([entry(3), entry(3)]));
+        t.set_word(&g, 2, 0, 0);
+        assert_eq!(t.level(3), Some(2), "one entry still points to it");
+        t.set_word(&g, 2, 1, entry(4));
+        assert_eq!((t.level(3), t.level(4)), (None, Some(2)));
+        assert!(t.take_orphans(&g).is_empty());
+    }
+
+    #[test]
+    fn unlinking_a_table_orphans_all_below_it_at_once() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(1..2);
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        t.insert(&g, 2, 3, Box::new([entry(3), 0]));
+        t.insert(&g, 3, 2, Box::new([entry(4), 0]));
+        t.set_word(&g, 1, 0, 0);
+        assert_eq!(t.take_orphans(&g), [2, 3]);
+        assert!(t.take_orphans(&g).is_empty(), "each is reported once");
+        assert_eq!(t.level(4), None);
+        t.remove(&g, 2);
+        t.remove(&g, 3);
+        assert_eq!(t.len(), 1, "the image's root stays");
+    }
+
+    #[test]
+    fn a_root_is_given_up_when_its_user_half_is_empty_or_it_looks_like_data() {
+        let g = geometry();
+        let mut t = Tables::<4>::new(0..0);
+        t.insert(&g, 5, 4, Box::new([entry(6), 0, entry(7), 0]));
+        t.insert(&g, 8, 4, Box::new([entry(9), 0, entry(7), 0]));
+        t.set_word(&g, 5, 0, 0);
+        t.set_word(&g, 8, 3, 0xffff_8880_0123_4567);
+        assert_eq!(t.take_orphans(&g), [5, 8]);
+    }
+}
