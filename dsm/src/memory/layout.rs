@@ -109,10 +109,10 @@ mod tests {
     #[test]
     fn numbers_pages_without_gaps() {
         let layout = RamLayout::new(&[(0, 3 * GIB), (4 * GIB, 2 * GIB)]).unwrap();
-        assert_eq!(u64::from(layout.pages()), 5 * GIB >> PAGE_SHIFT);
+        assert_eq!(u64::from(layout.pages()), (5 * GIB) >> PAGE_SHIFT);
         assert_eq!(layout.index_of(0), Some(0));
         assert_eq!(layout.index_of(0x1fff), Some(1));
-        let last_low = (3 * GIB >> PAGE_SHIFT) as u32 - 1;
+        let last_low = ((3 * GIB) >> PAGE_SHIFT) as u32 - 1;
         assert_eq!(layout.index_of(3 * GIB - 1), Some(last_low));
         assert_eq!(layout.index_of(3 * GIB), None);
         assert_eq!(layout.index_of(4 * GIB - 1), None);

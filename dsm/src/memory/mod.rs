@@ -14,6 +14,7 @@ mod compare;
 mod error;
 mod fault;
 mod layout;
+mod page_ops;
 mod ram;
 mod uffd;
 mod uffd_memory;

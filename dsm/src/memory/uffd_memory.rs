@@ -1,21 +1,18 @@
-//! Page operations on guest RAM under userfaultfd.
+//! Guest RAM under userfaultfd: set-up, page states, saved state.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
 use crate::memory::access::AccessMap;
 use crate::memory::uffd::{Features, Uffd};
-use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_WORDS, compare};
+use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_WORDS};
 
 /// Version of [`MemoryState`].
 const STATE_VERSION: u32 = 1;
 /// Neighbouring pages that share a userfaultfd: 64 MiB.
 const STRIPE_PAGES: u32 = 1 << (26 - PAGE_SHIFT);
-
-/// The words of a page that is all zero.
-static ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
 
 /// Guest RAM under userfaultfd, as the coherence protocol uses it. Starts with every page absent.
 ///
@@ -29,7 +26,7 @@ pub struct UffdMemory {
     /// 64 MiB stripes go round these: the kernel's waiting lists are per descriptor and do not
     /// scale beyond a few faulting CPUs each.
     uffds: Vec<Arc<Uffd>>,
-    access: AccessMap,
+    pub(super) access: AccessMap,
     failed: OnceLock<MemoryError>,
 }
 
@@ -163,108 +160,13 @@ impl UffdMemory {
                 return refuse(format!("run of {count} pages from {first} does not fit"));
             };
             for page in first..end {
-                self.try_install(page, &*content(page), access == Access::Writable, "restore")?;
+                self.try_install(page, &content(page), access == Access::Writable, "restore")?;
             }
         }
         Ok(())
     }
 
-    /// Present to present and read-only; when it returns no write is under way.
-    pub fn protect(&mut self, page: u32) {
-        let result = self
-            .present(page, "protect")
-            .and_then(|()| self.at(page))
-            .and_then(|(uffd, address)| uffd.write_protect(address, true));
-        if self.keep(result).is_some() {
-            self.access.set(page, Access::ReadOnly);
-        }
-    }
-
-    /// Present to writable; wakes those who wait for the page.
-    pub fn unprotect(&mut self, page: u32) {
-        let result = self
-            .present(page, "unprotect")
-            .and_then(|()| self.at(page))
-            .and_then(|(uffd, address)| uffd.write_protect(address, false));
-        if self.keep(result).is_some() {
-            self.access.set(page, Access::Writable);
-        }
-    }
-
-    /// A copy of a present page, each word whole. A copy of a writable page is no snapshot: its
-    /// words may be from different moments. Zeros after an error.
-    pub fn read(&self, page: u32) -> Box<[u64; PAGE_WORDS]> {
-        let mut copy = Box::new(ZERO);
-        if self.keep(self.present(page, "read")).is_some() {
-            if let Some(words) = self.ram.words(page) {
-                for (to, from) in copy.iter_mut().zip(words) {
-                    *to = from.load(Ordering::Relaxed);
-                }
-            }
-            std::sync::atomic::fence(Ordering::Acquire);
-        }
-        copy
-    }
-
-    /// Absent to present with `data`, read-only unless `writable`; wakes those who wait for it.
-    pub fn install(&mut self, page: u32, data: &[u64; PAGE_WORDS], writable: bool) {
-        let result = self.try_install(page, data, writable, "install");
-        self.keep(result);
-    }
-
-    /// [`Self::install`] of a page of zeros.
-    pub fn install_zero(&mut self, page: u32, writable: bool) {
-        // Copied rather than UFFDIO_ZEROPAGE: that maps the kernel's one zero page, on which
-        // write protection does not hold and whose first write costs another fault.
-        let result = self.try_install(page, &ZERO, writable, "install");
-        self.keep(result);
-    }
-
-    /// Present to absent; when it returns nobody can reach the old content. Later touches fault.
-    pub fn discard(&mut self, page: u32) {
-        let result = self.present(page, "discard").and_then(|()| self.ram.discard(page));
-        if self.keep(result).is_some() {
-            self.access.set(page, Access::Absent);
-        }
-    }
-
-    /// Lets those who wait for the page touch it again; they fault again if it is not there.
-    pub fn wake(&mut self, page: u32) {
-        let result = self.at(page).and_then(|(uffd, address)| uffd.wake(address));
-        self.keep(result);
-    }
-
-    /// One word of a present page. Zero after an error.
-    pub fn load(&self, page: u32, word: usize) -> u64 {
-        let result = self.present(page, "load").and_then(|()| self.word(page, word));
-        self.keep(result).map_or(0, |word| word.load(Ordering::Acquire))
-    }
-
-    /// Replaces a word of a writable page if it is `old`, atomically towards the running guest;
-    /// `Err` with the present value if it is not. `Err(!old)` after an error.
-    pub fn compare_exchange(&mut self, page: u32, word: usize, old: u64, new: u64) -> Result<u64, u64> {
-        // On a read-only page the write would wait for an answer that only the caller can give.
-        let result = self
-            .expect(page, "compare and exchange", Access::Writable)
-            .and_then(|()| self.word(page, word));
-        match self.keep(result) {
-            Some(word) => word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire),
-            None => Err(!old),
-        }
-    }
-
-    /// Appends to `out` the words in which a present page differs from its twin, with their
-    /// values now. Nothing after an error.
-    pub fn differences(&self, page: u32, twin: &[u64; PAGE_WORDS], out: &mut Vec<(u16, u64)>) {
-        if self.keep(self.present(page, "compare")).is_some() {
-            if let Some(words) = self.ram.words(page) {
-                compare::differences(words, twin, out);
-                std::sync::atomic::fence(Ordering::Acquire);
-            }
-        }
-    }
-
-    fn try_install(
+    pub(super) fn try_install(
         &mut self,
         page: u32,
         data: &[u64; PAGE_WORDS],
@@ -280,13 +182,13 @@ impl UffdMemory {
     }
 
     /// The userfaultfd of a page, and its host address.
-    fn at(&self, page: u32) -> Result<(&Uffd, u64), MemoryError> {
+    pub(super) fn at(&self, page: u32) -> Result<(&Uffd, u64), MemoryError> {
         let shard = (page / STRIPE_PAGES) as usize % self.uffds.len();
         let address = self.ram.host_of(page).ok_or_else(|| self.bounds(page, 0))?;
         Ok((&self.uffds[shard], address))
     }
 
-    fn word(&self, page: u32, word: usize) -> Result<&std::sync::atomic::AtomicU64, MemoryError> {
+    pub(super) fn word(&self, page: u32, word: usize) -> Result<&AtomicU64, MemoryError> {
         let words = self.ram.words(page).ok_or_else(|| self.bounds(page, word))?;
         words.get(word).ok_or_else(|| self.bounds(page, word))
     }
@@ -299,7 +201,7 @@ impl UffdMemory {
         }
     }
 
-    fn expect(&self, page: u32, operation: &'static str, expected: Access) -> Result<(), MemoryError> {
+    pub(super) fn expect(&self, page: u32, operation: &'static str, expected: Access) -> Result<(), MemoryError> {
         match self.access(page) {
             access if access == expected => Ok(()),
             access => Err(MemoryError::State {
@@ -310,7 +212,7 @@ impl UffdMemory {
         }
     }
 
-    fn present(&self, page: u32, operation: &'static str) -> Result<(), MemoryError> {
+    pub(super) fn present(&self, page: u32, operation: &'static str) -> Result<(), MemoryError> {
         match self.access(page) {
             access @ Access::Absent => Err(MemoryError::State {
                 page,
@@ -322,7 +224,7 @@ impl UffdMemory {
     }
 
     /// Keeps the first error.
-    fn keep<T>(&self, result: Result<T, MemoryError>) -> Option<T> {
+    pub(super) fn keep<T>(&self, result: Result<T, MemoryError>) -> Option<T> {
         result
             .map_err(|error| {
                 if self.failed.set(error.clone()).is_ok() {

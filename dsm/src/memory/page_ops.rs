@@ -1,0 +1,108 @@
+//! The page operations that the coherence protocol does on guest RAM under userfaultfd.
+
+use std::sync::atomic::{Ordering, fence};
+
+use crate::memory::{Access, PAGE_WORDS, UffdMemory, compare};
+use crate::protocol::Memory;
+
+/// The words of a page that is all zero.
+static ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
+
+/// After an error, which [`UffdMemory::failed`] keeps, an operation has changed nothing and what
+/// it returns means nothing.
+impl Memory<PAGE_WORDS> for UffdMemory {
+    /// Present to present and read-only; when it returns no write is under way.
+    fn protect(&mut self, page: u32) {
+        let result = self
+            .present(page, "protect")
+            .and_then(|()| self.at(page))
+            .and_then(|(uffd, address)| uffd.write_protect(address, true));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::ReadOnly);
+        }
+    }
+
+    /// Present to writable; wakes those who wait for the page.
+    fn unprotect(&mut self, page: u32) {
+        let result = self
+            .present(page, "unprotect")
+            .and_then(|()| self.at(page))
+            .and_then(|(uffd, address)| uffd.write_protect(address, false));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::Writable);
+        }
+    }
+
+    /// A copy of a present page, each word whole. A copy of a writable page is no snapshot: its
+    /// words may be from different moments. Zeros after an error.
+    fn read(&self, page: u32) -> Box<[u64; PAGE_WORDS]> {
+        let mut copy = Box::new(ZERO);
+        if self.keep(self.present(page, "read")).is_some() {
+            if let Some(words) = self.ram().words(page) {
+                for (to, from) in copy.iter_mut().zip(words) {
+                    *to = from.load(Ordering::Relaxed);
+                }
+            }
+            fence(Ordering::Acquire);
+        }
+        copy
+    }
+
+    /// Absent to present with `data`, read-only unless `writable`; wakes those who wait for it.
+    fn install(&mut self, page: u32, data: &[u64; PAGE_WORDS], writable: bool) {
+        let result = self.try_install(page, data, writable, "install");
+        self.keep(result);
+    }
+
+    /// [`Self::install`] of a page of zeros.
+    fn install_zero(&mut self, page: u32, writable: bool) {
+        // Copied rather than UFFDIO_ZEROPAGE: that maps the kernel's one zero page, on which
+        // write protection does not hold and whose first write costs another fault.
+        let result = self.try_install(page, &ZERO, writable, "install");
+        self.keep(result);
+    }
+
+    /// Present to absent; when it returns nobody can reach the old content. Later touches fault.
+    fn discard(&mut self, page: u32) {
+        let result = self.present(page, "discard").and_then(|()| self.ram().discard(page));
+        if self.keep(result).is_some() {
+            self.access.set(page, Access::Absent);
+        }
+    }
+
+    /// Lets those who wait for the page touch it again; they fault again if it is not there.
+    fn wake(&mut self, page: u32) {
+        let result = self.at(page).and_then(|(uffd, address)| uffd.wake(address));
+        self.keep(result);
+    }
+
+    /// One word of a present page. Zero after an error.
+    fn load(&self, page: u32, word: usize) -> u64 {
+        let result = self.present(page, "load").and_then(|()| self.word(page, word));
+        self.keep(result).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Replaces a word of a writable page if it is `old`, atomically towards the running guest;
+    /// `Err` with the present value if it is not. `Ok` after an error, so that nobody tries again.
+    fn compare_exchange(&mut self, page: u32, word: usize, old: u64, new: u64) -> Result<u64, u64> {
+        // On a read-only page the write would wait for an answer that only the caller can give.
+        let result = self
+            .expect(page, "compare and exchange", Access::Writable)
+            .and_then(|()| self.word(page, word));
+        match self.keep(result) {
+            Some(word) => word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire),
+            None => Ok(old),
+        }
+    }
+
+    /// Appends to `out` the words in which a present page differs from its twin, with their
+    /// values now. Nothing after an error.
+    fn differences(&self, page: u32, twin: &[u64; PAGE_WORDS], out: &mut Vec<(u16, u64)>) {
+        if self.keep(self.present(page, "compare")).is_some() {
+            if let Some(words) = self.ram().words(page) {
+                compare::differences(words, twin, out);
+                fence(Ordering::Acquire);
+            }
+        }
+    }
+}
