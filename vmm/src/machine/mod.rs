@@ -1,1 +1,340 @@
 //! The machine one host runs: vCPUs, interrupts, firmware tables, device bus.
+//!
+//! [`Machine`] is this host's part: a KVM VM with every vCPU of the whole machine. Those this node
+//! owns run; the others are parked proxies ([`proxy`]). Memory, the connection to the other nodes
+//! ([`Fabric`]) and the PCI devices ([`DeviceBus`], node 0) are given to it.
+
+pub mod acpi;
+pub mod boot;
+mod bus;
+pub mod command_line;
+mod counters;
+pub mod cpuid;
+pub mod cpuid_common;
+mod dsdt;
+mod error;
+mod fabric;
+mod ioapic;
+mod kick;
+pub mod kvm;
+pub mod layout;
+mod msi;
+mod owner;
+mod power;
+mod proxy;
+mod rtc;
+mod serial;
+pub mod state;
+mod stub;
+mod threads;
+mod topology;
+mod vcpu;
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
+
+use krg_scheduler::Placement;
+use vm_memory::GuestMemoryMmap;
+
+use crate::node::CpuidLeaf;
+
+pub use counters::VcpuStatistics;
+pub use error::{Errno, MachineError};
+pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space};
+pub use ioapic::{Ioapic, IoapicState};
+pub use msi::{Destination, Interrupts, Message};
+pub use serial::{Com1State, Output};
+pub use vcpu::Role;
+
+use bus::Bus;
+use counters::Counters;
+use state::MachineState;
+use threads::{Shared, Threads};
+use vcpu::Vcpu;
+
+/// What a machine is made from.
+pub struct MachineConfig {
+    /// vCPUs and memory of all hosts.
+    pub placement: Placement,
+    /// This node's number.
+    pub node: usize,
+    /// TSC frequency of the guest in kHz; 0: this host's own.
+    pub tsc_khz: u32,
+    /// What all hosts' CPUs share ([`cpuid_common::common_subset`]); empty: this host's own.
+    pub cpuid: Vec<CpuidLeaf>,
+    /// Where console output goes; used by node 0.
+    pub console: Output,
+    /// Where the machine's end is told. A node other than 0 tells its own vCPUs' faults.
+    pub ends: Sender<End>,
+}
+
+/// One host's part of the machine. Dropping it stops its threads.
+pub struct Machine {
+    // Dropped first: vCPU threads must be gone before the VM's memory is unmapped.
+    threads: Threads,
+    shared: Arc<Shared>,
+    vm: kvm::Vm,
+    kvm: kvm_ioctls::Kvm,
+    placement: Placement,
+    node: usize,
+    tsc_khz: u32,
+}
+
+impl Machine {
+    /// Builds the VM with all vCPUs, stopped. `memory` has the machine's RAM at
+    /// [`layout::ram_ranges`]; what is mapped behind it (a userfaultfd) is the caller's.
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself or the host's KVM can't carry it.
+    pub fn new(
+        config: MachineConfig,
+        memory: GuestMemoryMmap<()>,
+        fabric: Arc<dyn Fabric>,
+    ) -> Result<Self, MachineError> {
+        let MachineConfig {
+            placement,
+            node,
+            tsc_khz,
+            cpuid,
+            console,
+            ends,
+        } = config;
+        check(&placement, node, &memory)?;
+        kick::install()?;
+        let kvm = kvm::open()?;
+        let common = if cpuid.is_empty() {
+            kvm::supported_cpuid(&kvm)?
+        } else {
+            cpuid
+        };
+        let vm = kvm::Vm::new(&kvm, memory)?;
+        let count = placement.cpus();
+        let counters: Arc<Vec<Counters>> = Arc::new((0..count).map(|_| Counters::default()).collect());
+        let interrupts = Arc::new(Interrupts::new(
+            vm.fd.clone(),
+            node,
+            &placement,
+            fabric.clone(),
+            counters.clone(),
+        )?);
+        let clock = if tsc_khz == 0 {
+            kvm::host_tsc_khz(&kvm)?
+        } else {
+            tsc_khz
+        };
+        let mut vcpus = Vec::new();
+        for id in 0..count {
+            let role = if placement.owner(id) == Some(node) {
+                Role::Owner
+            } else {
+                Role::Proxy
+            };
+            let leaves = cpuid::guest_cpuid(&common, id, &placement, clock);
+            let vcpu = Vcpu::new(&vm.fd, id, role, &leaves)?;
+            vcpu.set_tsc_khz(clock)?;
+            vcpus.push(vcpu);
+        }
+        let bus = (node == 0).then(|| Bus {
+            com1: serial::Com1::new(console),
+            rtc: rtc::Rtc::default(),
+            ioapic: Ioapic::default(),
+            interrupts: interrupts.clone(),
+            devices: OnceLock::new(),
+            ends: ends.clone(),
+        });
+        let shared = Arc::new(Shared::new(interrupts, bus, fabric, counters, ends));
+        let threads = Threads::new(vcpus, shared.clone());
+        Ok(Machine {
+            threads,
+            shared,
+            vm,
+            kvm,
+            placement,
+            node,
+            tsc_khz: clock,
+        })
+    }
+
+    /// Attaches the PCI devices; once, before [`Machine::run`]. Has no effect on nodes other than 0.
+    pub fn attach(&self, devices: Arc<dyn DeviceBus>) {
+        if let Some(bus) = &self.shared.bus {
+            // A second attachment is refused by the cell; the first stays.
+            let _ = bus.devices.set(devices);
+        }
+    }
+
+    /// What devices send their interrupts to (it is a [`krg_virtio::MsiSink`]).
+    pub fn interrupts(&self) -> Arc<Interrupts> {
+        self.shared.interrupts.clone()
+    }
+
+    /// Puts vCPU 0 at the kernel's entry. No effect on a node that doesn't own vCPU 0.
+    ///
+    /// # Errors
+    /// When the vCPUs are running, or KVM refuses the state.
+    pub fn set_entry(&self, entry: &boot::Entry) -> Result<(), MachineError> {
+        if self.shared.interrupts.owner(0) != Some(self.node) {
+            return Ok(());
+        }
+        self.threads.with_stopped(0, |vcpu| entry.apply(vcpu))
+    }
+
+    /// Sets what is added to this host's TSC to make the guest's, modulo 2^64, on all vCPUs.
+    ///
+    /// # Errors
+    /// When a vCPU is running, or KVM has no such attribute.
+    pub fn set_tsc_offset(&self, offset: u64) -> Result<(), MachineError> {
+        (0..self.placement.cpus()).try_for_each(|id| self.threads.with_stopped(id, |vcpu| vcpu.set_tsc_offset(offset)))
+    }
+
+    /// TSC frequency of the guest in kHz.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// Starts (or goes on with) every vCPU.
+    ///
+    /// # Errors
+    /// When a thread can't be started; those that were go on until [`Machine::stop`].
+    pub fn run(&self) -> Result<(), MachineError> {
+        self.threads.start()
+    }
+
+    /// Stops every vCPU and waits until all threads have ended: owners first, then the proxies,
+    /// which hand on what is pending. A thread blocked on a page of guest memory ends when the
+    /// page arrives or its userfaultfd is closed; a device access when [`Fabric::io`] returns.
+    pub fn stop(&self) {
+        self.threads.stop();
+    }
+
+    /// Raises an event that another node sent for a vCPU of this one.
+    pub fn deliver(&self, vcpu: u32, event: Event) {
+        self.shared.interrupts.deliver(vcpu, event);
+    }
+
+    /// Carries out a device access of another node (on node 0); all ones on the others.
+    pub fn serve(&self, access: Access) -> u64 {
+        self.shared.bus.as_ref().map_or(u64::MAX, |bus| bus.access(access))
+    }
+
+    /// Types on the console; returns how many bytes were taken (node 0).
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        self.shared.bus.as_ref().map_or(0, |bus| bus.type_in(bytes))
+    }
+
+    /// Page-table roots (CR3 with its flag bits) last seen on the vCPUs this node runs, as
+    /// `(vcpu, root)`. A root may be as old as the vCPU's last exit: see [`Machine::sample_roots`].
+    pub fn page_table_roots(&self) -> Vec<(u32, u64)> {
+        (0..self.placement.cpus())
+            .filter(|id| self.shared.interrupts.owner(*id) == Some(self.node))
+            .filter_map(|id| Some((id, self.shared.roots.get(id as usize)?.load(Ordering::Relaxed))))
+            .collect()
+    }
+
+    /// Has the vCPUs this node runs note their roots soon. Doesn't wait for them.
+    pub fn sample_roots(&self) {
+        self.threads.kick_owners();
+    }
+
+    /// Counts of `vcpu` on this node; `None` if there is no such vCPU.
+    pub fn statistics(&self, vcpu: u32) -> Option<VcpuStatistics> {
+        self.shared.counters.get(vcpu as usize).map(Counters::read)
+    }
+
+    /// The state of this node's machine.
+    ///
+    /// # Errors
+    /// When a vCPU is running, or KVM can't tell its state.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(|e| MachineError::kvm("KVM_GET_MSR_INDEX_LIST", "host", e))?;
+        let count = self.placement.cpus();
+        let vcpus = (0..count).map(|id| self.threads.with_stopped(id, |vcpu| vcpu.save(list.as_slice())));
+        Ok(MachineState {
+            version: MachineState::VERSION,
+            node: self.node,
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            owners: (0..count).filter_map(|id| self.shared.interrupts.owner(id)).collect(),
+            startup_vectors: self.shared.startup.all(),
+            devices: self.shared.bus.as_ref().map(Bus::save),
+        })
+    }
+
+    /// Takes over a saved state of the same node of the same machine. The TSC is set by
+    /// [`Machine::set_tsc_offset`] afterwards.
+    ///
+    /// # Errors
+    /// When a vCPU is running, the state isn't this machine's, or KVM refuses it; the machine must
+    /// not be run then.
+    pub fn restore(&self, saved: &MachineState) -> Result<(), MachineError> {
+        let refuse = |reason: String| {
+            Err(MachineError::State {
+                object: format!("machine of node {}", self.node),
+                reason,
+            })
+        };
+        let count = self.placement.cpus() as usize;
+        if saved.version != MachineState::VERSION {
+            return refuse(format!("version {} is not known here", saved.version));
+        }
+        if saved.node != self.node || saved.vcpus.len() != count || saved.owners.len() != count {
+            return refuse(format!(
+                "it is of node {}, with {} vCPUs",
+                saved.node,
+                saved.vcpus.len()
+            ));
+        }
+        if saved.owners.iter().any(|owner| *owner >= self.placement.hosts.len()) {
+            return refuse("a vCPU's owner is no host of this machine".into());
+        }
+        match (&self.shared.bus, &saved.devices) {
+            (Some(bus), Some(devices)) => bus.restore(devices)?,
+            (Some(_), None) => return refuse("the devices are missing".into()),
+            (None, _) => {}
+        }
+        for (id, (vcpu, owner)) in saved.vcpus.iter().zip(&saved.owners).enumerate() {
+            self.threads.with_stopped(id as u32, |v| v.restore(vcpu))?;
+            self.shared.interrupts.set_owner(id as u32, *owner);
+        }
+        self.shared.startup.restore(saved.startup_vectors);
+        Ok(())
+    }
+
+    /// File of the KVM VM, for eventfds of devices.
+    pub fn vm(&self) -> &Arc<kvm_ioctls::VmFd> {
+        &self.vm.fd
+    }
+}
+
+/// Checks what later code relies on.
+fn check(placement: &Placement, node: usize, memory: &GuestMemoryMmap<()>) -> Result<(), MachineError> {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+    let refuse = |text: String| Err(MachineError::Config(text));
+    if node >= placement.hosts.len() {
+        return refuse(format!("node {node} of a machine of {} hosts", placement.hosts.len()));
+    }
+    if placement.cpus() == 0 || placement.cpus() > layout::MAX_VCPUS {
+        return refuse(format!(
+            "{} vCPUs; 1 to {} can be had",
+            placement.cpus(),
+            layout::MAX_VCPUS
+        ));
+    }
+    let ram: Vec<_> = memory
+        .iter()
+        .map(|r| r.start_addr().0..r.start_addr().0 + r.len())
+        .collect();
+    if ram
+        .iter()
+        .any(|r| r.start < layout::HIGH_RAM_START && r.end > layout::LOW_RAM_END)
+    {
+        return refuse("guest memory overlaps the device addresses at 3 to 4 GiB".into());
+    }
+    if ram.iter().map(|r| r.end - r.start).sum::<u64>() != placement.memory() {
+        return refuse("guest memory and placement differ in size".into());
+    }
+    Ok(())
+}

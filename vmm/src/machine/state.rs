@@ -1,0 +1,219 @@
+//! Saved form of a node's machine. Taken and restored while its vCPUs are stopped.
+
+use kvm_bindings::{
+    Msrs, kvm_debugregs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use serde::{Deserialize, Serialize};
+
+use super::error::MachineError;
+use super::ioapic::IoapicState;
+use super::serial::Com1State;
+use super::vcpu::{Role, Vcpu, fail};
+
+/// The guest's time-stamp counter; restored through the TSC offset, not as an MSR, as two writes of
+/// it at different moments would set two vCPUs apart.
+const IA32_TSC: u32 = 0x10;
+/// Another view of the same counter; hidden from the guest.
+const IA32_TSC_ADJUST: u32 = 0x3b;
+/// Restored with the system registers.
+const IA32_APIC_BASE: u32 = 0x1b;
+
+/// One vCPU of one node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// Layout of this structure: [`VcpuState::VERSION`].
+    pub version: u32,
+    /// vCPU number.
+    pub id: u32,
+    /// What the node does for it. A proxy's registers have no meaning; nothing is pending in it.
+    pub role: Role,
+    /// A proxy between INIT and SIPI.
+    pub awaits_sipi: bool,
+    /// KVM_MP_STATE_*.
+    pub mp_state: u32,
+    /// The guest's TSC when it was saved.
+    pub tsc: u64,
+    /// Registers; `None` for a proxy.
+    pub registers: Option<Box<Registers>>,
+}
+
+/// Architectural state of a vCPU that ran.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Registers {
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments, control registers, descriptor tables.
+    pub sregs: kvm_sregs,
+    /// FPU and vector registers: the XSAVE area in KVM's form, 1024 words.
+    pub xsave: Vec<u32>,
+    /// Extended control registers.
+    pub xcrs: kvm_xcrs,
+    /// Debug registers.
+    pub debug: kvm_debugregs,
+    /// Local APIC.
+    pub lapic: kvm_lapic_state,
+    /// Exceptions, interrupts and NMIs under way.
+    pub events: kvm_vcpu_events,
+    /// MSRs, as `(index, value)`.
+    pub msrs: Vec<(u32, u64)>,
+}
+
+/// Devices of node 0 that this module has (not PCI).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// Console port.
+    pub com1: Com1State,
+    /// Interrupt controller.
+    pub ioapic: IoapicState,
+    /// Register selected in the clock.
+    pub rtc_index: u8,
+}
+
+/// One node's machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Layout of this structure: [`MachineState::VERSION`].
+    pub version: u32,
+    /// The node that was saved.
+    pub node: usize,
+    /// Owner of each vCPU.
+    pub owners: Vec<usize>,
+    /// Start-up vectors the guest has used, one byte each, 0 for none.
+    pub startup_vectors: u32,
+    /// Every vCPU, by number.
+    pub vcpus: Vec<VcpuState>,
+    /// Node 0's devices.
+    pub devices: Option<DeviceState>,
+}
+
+impl MachineState {
+    /// Layout written by this program.
+    pub const VERSION: u32 = 1;
+}
+
+impl VcpuState {
+    /// Layout written by this program.
+    pub const VERSION: u32 = 1;
+}
+
+impl Vcpu {
+    /// Saves a stopped vCPU; `msrs` are the indices KVM lists as state.
+    pub(crate) fn save(&self, msrs: &[u32]) -> Result<VcpuState, MachineError> {
+        let registers = match self.role {
+            Role::Owner => Some(Box::new(self.save_registers(msrs)?)),
+            Role::Proxy => None,
+        };
+        Ok(VcpuState {
+            version: VcpuState::VERSION,
+            id: self.id,
+            role: self.role,
+            awaits_sipi: self.awaits_sipi,
+            mp_state: self.mp_state()?,
+            tsc: self.read_msrs(&[IA32_TSC])?.first().map_or(0, |(_, value)| *value),
+            registers,
+        })
+    }
+
+    fn save_registers(&self, msrs: &[u32]) -> Result<Registers, MachineError> {
+        let failed = |call| move |e| fail(call, self.id, e);
+        // Order: MP state first (in `save`), as reading it takes pending INIT and SIPI.
+        Ok(Registers {
+            regs: self.regs()?,
+            sregs: self.sregs()?,
+            xsave: self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?.region.to_vec(),
+            xcrs: self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
+            debug: self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
+            lapic: self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
+            events: self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
+            msrs: self.read_msrs(msrs)?,
+        })
+    }
+
+    /// Restores a stopped vCPU. The TSC is left to [`super::Machine::set_tsc_offset`].
+    pub(crate) fn restore(&mut self, saved: &VcpuState) -> Result<(), MachineError> {
+        let refuse = |reason: String| MachineError::State {
+            object: format!("vCPU {}", self.id),
+            reason,
+        };
+        if saved.version != VcpuState::VERSION {
+            return Err(refuse(format!("version {} is not known here", saved.version)));
+        }
+        if saved.id != self.id {
+            return Err(refuse(format!("this is vCPU {}", saved.id)));
+        }
+        match (saved.role, &saved.registers) {
+            (Role::Owner, Some(registers)) => self.restore_registers(registers)?,
+            (Role::Owner, None) => return Err(refuse("the registers are missing".into())),
+            (Role::Proxy, _) => {}
+        }
+        self.set_mp_state(saved.mp_state)?;
+        self.role = saved.role;
+        self.awaits_sipi = saved.awaits_sipi;
+        Ok(())
+    }
+
+    fn restore_registers(&self, saved: &Registers) -> Result<(), MachineError> {
+        let failed = |call| move |e| fail(call, self.id, e);
+        self.set_sregs(&saved.sregs)?;
+        self.fd.set_xcrs(&saved.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        let region = saved.xsave.as_slice().try_into().map_err(|_| MachineError::State {
+            object: format!("vCPU {}", self.id),
+            reason: format!("its XSAVE area has {} words instead of 1024", saved.xsave.len()),
+        })?;
+        let xsave = kvm_xsave {
+            region,
+            ..Default::default()
+        };
+        // SAFETY: KVM reads more than the 4096 bytes of a kvm_xsave only if this process has asked
+        // the kernel for dynamic features (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which it never does.
+        unsafe { self.fd.set_xsave(&xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        self.set_regs(&saved.regs)?;
+        self.fd
+            .set_debug_regs(&saved.debug)
+            .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        // Before the MSRs: the TSC deadline is one of them and needs the timer's mode.
+        self.fd.set_lapic(&saved.lapic).map_err(failed("KVM_SET_LAPIC"))?;
+        for (index, value) in saved.msrs.iter().filter(|(index, _)| !is_special(*index)) {
+            // A host may refuse an MSR of a feature the guest doesn't have; its value is 0 then.
+            match self.set_msr(*index, *value) {
+                Err(e) if *value != 0 => return Err(e),
+                _ => {}
+            }
+        }
+        self.fd
+            .set_vcpu_events(&saved.events)
+            .map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Reads those of `indices` that can be read.
+    fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, MachineError> {
+        let mut values = Vec::new();
+        let mut rest = indices;
+        while !rest.is_empty() {
+            let entries: Vec<_> = rest
+                .iter()
+                .map(|index| kvm_msr_entry {
+                    index: *index,
+                    ..Default::default()
+                })
+                .collect();
+            let mut msrs = Msrs::from_entries(&entries).map_err(|_| MachineError::State {
+                object: format!("vCPU {}", self.id),
+                reason: format!("{} MSRs are more than KVM takes", entries.len()),
+            })?;
+            let read = self
+                .fd
+                .get_msrs(&mut msrs)
+                .map_err(|e| fail("KVM_GET_MSRS", self.id, e))?;
+            values.extend(msrs.as_slice().iter().take(read).map(|e| (e.index, e.data)));
+            // KVM stops at the first it can't read: that one is skipped.
+            rest = rest.get(read + 1..).unwrap_or_default();
+        }
+        Ok(values)
+    }
+}
+
+/// MSRs that are restored in another way.
+fn is_special(index: u32) -> bool {
+    matches!(index, IA32_TSC | IA32_TSC_ADJUST | IA32_APIC_BASE)
+}

@@ -1,0 +1,179 @@
+//! One vCPU as this node has it: the KVM object, and whether it runs here or stands for one that
+//! runs on another node.
+
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs,
+};
+use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::error::MachineError;
+use super::layout::LAPIC_BASE;
+
+/// What this node does for a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// Runs it.
+    Owner,
+    /// Collects what this node's vCPUs send it.
+    Proxy,
+}
+
+const IA32_APIC_BASE: u32 = 0x1b;
+const APIC_BASE_BSP: u64 = 1 << 8;
+/// xAPIC global enable and x2APIC mode.
+const APIC_BASE_X2APIC: u64 = 0xc00;
+/// x2APIC spurious-interrupt vector register.
+const X2APIC_SVR: u32 = 0x80f;
+/// Software enable, spurious vector 0xff.
+const SVR_ENABLED: u64 = 0x1ff;
+/// x2APIC EOI register.
+const X2APIC_EOI: u32 = 0x80b;
+
+/// KVM_VCPU_TSC_CTRL and its attribute KVM_VCPU_TSC_OFFSET.
+const TSC_CONTROL: u32 = 0;
+const TSC_OFFSET: u64 = 0;
+
+vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xAE, 0xe1, kvm_device_attr);
+
+/// A vCPU of this node's VM.
+pub(crate) struct Vcpu {
+    pub id: u32,
+    pub role: Role,
+    pub fd: VcpuFd,
+    /// A proxy that took INIT and not yet the SIPI after it.
+    pub awaits_sipi: bool,
+}
+
+impl Vcpu {
+    /// Creates vCPU `id` with its LAPIC in x2APIC mode, so that its logical id follows from its APIC
+    /// id and a proxy needs no state of the vCPU it stands for.
+    pub fn new(vm: &VmFd, id: u32, role: Role, cpuid: &[kvm_cpuid_entry2]) -> Result<Self, MachineError> {
+        let fd = vm.create_vcpu(id.into()).map_err(|e| fail("KVM_CREATE_VCPU", id, e))?;
+        let vcpu = Vcpu {
+            id,
+            role,
+            fd,
+            awaits_sipi: false,
+        };
+        let cpuid = CpuId::from_entries(cpuid)
+            .map_err(|_| MachineError::Cpuid(format!("{} leaves are more than KVM takes", cpuid.len())))?;
+        vcpu.fd.set_cpuid2(&cpuid).map_err(|e| fail("KVM_SET_CPUID2", id, e))?;
+        // A proxy is no boot processor, even of vCPU 0: INIT would not make it wait for SIPI.
+        let bsp = if id == 0 && role == Role::Owner {
+            APIC_BASE_BSP
+        } else {
+            0
+        };
+        vcpu.set_msr(IA32_APIC_BASE, LAPIC_BASE | APIC_BASE_X2APIC | bsp)?;
+        vcpu.enable_lapic()?;
+        let runnable = id == 0 && role == Role::Owner;
+        vcpu.set_mp_state(if runnable {
+            KVM_MP_STATE_RUNNABLE
+        } else {
+            KVM_MP_STATE_UNINITIALIZED
+        })?;
+        Ok(vcpu)
+    }
+
+    /// Asks KVM to show the system registers at every exit (owners: for the page-table root).
+    pub fn watch_system_registers(&mut self) {
+        self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+    }
+
+    /// Switches the LAPIC on by software: INIT leaves it off, and then it drops what arrives.
+    pub fn enable_lapic(&self) -> Result<(), MachineError> {
+        self.set_msr(X2APIC_SVR, SVR_ENABLED)
+    }
+
+    /// Ends the interrupt in service, as the guest's own write to the EOI register does.
+    pub fn end_of_interrupt(&self) -> Result<(), MachineError> {
+        self.set_msr(X2APIC_EOI, 0)
+    }
+
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<(), MachineError> {
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry])
+            .map_err(|_| MachineError::Config(format!("MSR list of vCPU {} can't be built", self.id)))?;
+        match self.fd.set_msrs(&msrs).map_err(|e| fail("KVM_SET_MSRS", self.id, e))? {
+            1 => Ok(()),
+            _ => Err(MachineError::Kvm {
+                call: "KVM_SET_MSRS",
+                object: format!("vCPU {}, MSR {index:#x} = {data:#x}", self.id),
+                errno: super::error::Errno(libc::EINVAL),
+            }),
+        }
+    }
+
+    pub fn mp_state(&self) -> Result<u32, MachineError> {
+        Ok(self
+            .fd
+            .get_mp_state()
+            .map_err(|e| fail("KVM_GET_MP_STATE", self.id, e))?
+            .mp_state)
+    }
+
+    pub fn set_mp_state(&self, mp_state: u32) -> Result<(), MachineError> {
+        self.fd
+            .set_mp_state(kvm_mp_state { mp_state })
+            .map_err(|e| fail("KVM_SET_MP_STATE", self.id, e))
+    }
+
+    pub fn sregs(&self) -> Result<kvm_sregs, MachineError> {
+        self.fd.get_sregs().map_err(|e| fail("KVM_GET_SREGS", self.id, e))
+    }
+
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), MachineError> {
+        self.fd.set_sregs(sregs).map_err(|e| fail("KVM_SET_SREGS", self.id, e))
+    }
+
+    pub fn regs(&self) -> Result<kvm_regs, MachineError> {
+        self.fd.get_regs().map_err(|e| fail("KVM_GET_REGS", self.id, e))
+    }
+
+    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), MachineError> {
+        self.fd.set_regs(regs).map_err(|e| fail("KVM_SET_REGS", self.id, e))
+    }
+
+    /// Makes the guest's TSC run at `khz`, by hardware scaling where the host's own differs by more
+    /// than KVM's tolerance.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), MachineError> {
+        let host = self.fd.get_tsc_khz().map_err(|e| fail("KVM_GET_TSC_KHZ", self.id, e))?;
+        // KVM takes 250 ppm for the same frequency; so does this machine.
+        if host.abs_diff(khz) <= khz / 4000 {
+            return Ok(());
+        }
+        self.fd.set_tsc_khz(khz).map_err(|e| {
+            MachineError::Config(format!(
+                "TSC of this host is {host} kHz, node 0's {khz} kHz, and this CPU can't scale ({e}); use hosts of one clock"
+            ))
+        })
+    }
+
+    /// Sets what is added to the host's (scaled) TSC, modulo 2^64.
+    pub fn set_tsc_offset(&self, offset: u64) -> Result<(), MachineError> {
+        let attr = kvm_device_attr {
+            group: TSC_CONTROL,
+            attr: TSC_OFFSET,
+            addr: &raw const offset as u64,
+            flags: 0,
+        };
+        // SAFETY: KVM_SET_DEVICE_ATTR on a vCPU file reads `attr` and the eight bytes at `addr`;
+        // both live until the call returns.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &attr) } {
+            0 => Ok(()),
+            _ => Err(MachineError::last_os("KVM_VCPU_TSC_OFFSET")),
+        }
+    }
+}
+
+/// A failed call on vCPU `id`.
+pub(crate) fn fail(call: &'static str, id: u32, error: kvm_ioctls::Error) -> MachineError {
+    MachineError::kvm(call, format!("vCPU {id}"), error)
+}
