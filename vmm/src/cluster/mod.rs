@@ -4,9 +4,16 @@
 //! host, authenticates with each ([`handshake`], [`secret`]), places the machine and directs the
 //! nodes by [`message`]s over a [`link`]. The nodes connect their mesh and run the machine.
 
+pub mod api;
+mod attend;
+mod console;
 pub mod daemon;
 pub mod errno;
+pub mod error;
 pub mod frame;
+pub mod front;
+mod front_session;
+mod gather;
 pub mod handshake;
 pub mod hosts;
 pub mod link;
@@ -17,6 +24,7 @@ mod node_session;
 pub mod offer;
 pub mod plan;
 mod probe;
+pub mod report;
 pub mod secret;
 pub mod size;
-pub mod verdict;
+mod verdict;

@@ -39,28 +39,37 @@ pub struct Ends {
     /// Nodes in the order in which they were heard of.
     order: Vec<usize>,
     names: Vec<String>,
+    told: bool,
 }
 
 #[derive(Debug)]
 enum Heard {
     Ended(NodeEnd),
+    /// Stopped because we said so.
+    Obeyed,
     Lost(String),
 }
 
 impl Ends {
     /// Nothing heard yet of the nodes on hosts `names`.
     pub fn new(names: Vec<String>) -> Self {
-        Self { nodes: names.iter().map(|_| None).collect(), order: Vec::new(), names }
+        Self { nodes: names.iter().map(|_| None).collect(), order: Vec::new(), names, told: false }
     }
 
     /// Node `node` says that it ended.
     pub fn ended(&mut self, node: usize, end: NodeEnd) {
-        self.hear(node, Heard::Ended(end));
+        let obeyed = self.told && matches!(end, NodeEnd::Stopped(_));
+        self.hear(node, if obeyed { Heard::Obeyed } else { Heard::Ended(end) });
     }
 
     /// The connection to node `node` is lost.
     pub fn lost(&mut self, node: usize, reason: String) {
         self.hear(node, Heard::Lost(reason));
+    }
+
+    /// The nodes are told to stop: that they do says nothing about the cause from here on.
+    pub fn tell(&mut self) {
+        self.told = true;
     }
 
     fn hear(&mut self, node: usize, heard: Heard) {
@@ -82,14 +91,20 @@ impl Ends {
 
     /// Whether every node said itself that it ended, so that all can run again.
     pub fn all_reported(&self) -> bool {
-        self.nodes.iter().all(|heard| matches!(heard, Some(Heard::Ended(_))))
+        self.nodes.iter().all(|heard| matches!(heard, Some(Heard::Ended(_) | Heard::Obeyed)))
     }
 
-    /// Whether all that was heard is that the guest ended by itself.
+    /// Whether node 0, or some node and no other end so far, says that the guest ended by itself.
     pub fn guest_ended(&self) -> bool {
-        self.order.iter().all(|node| {
+        let by_itself = |node: &usize| {
             matches!(&self.nodes[*node], Some(Heard::Ended(NodeEnd::PowerOff | NodeEnd::Reset(_))))
-        })
+        };
+        self.any() && (by_itself(&0) || self.order.iter().all(by_itself))
+    }
+
+    /// Whether node 0 was heard of.
+    pub fn node_0(&self) -> bool {
+        self.nodes.first().is_some_and(Option::is_some)
     }
 
     /// The cause of it all; `None` while nothing was heard.
@@ -107,7 +122,7 @@ impl Ends {
         }
         let lost = heard().find_map(|(node, heard)| match heard {
             Heard::Lost(reason) => Some(Ending::Lost { node, reason: reason.clone() }),
-            Heard::Ended(_) => None,
+            Heard::Ended(_) | Heard::Obeyed => None,
         });
         let failed = || {
             heard().find_map(|(node, heard)| match heard {
@@ -115,27 +130,26 @@ impl Ends {
                 _ => None,
             })
         };
-        let blamed = || {
-            let reports = || {
-                heard().filter_map(|(by, heard)| match heard {
-                    Heard::Ended(NodeEnd::PeerLost(node)) => Some((by, *node)),
-                    _ => None,
-                })
-            };
-            // A peer that reported an end itself was alive: it is only a consequence.
-            let silent = reports().find(|(_, node)| self.nodes.get(*node).is_some_and(Option::is_none));
-            let (by, node) = silent.or_else(|| reports().next())?;
-            let name = self.names.get(by).map_or("?", String::as_str);
-            Some(Ending::Lost { node, reason: format!("node {by} ({name}) lost its connection to it") })
+        let reports = || {
+            heard().filter_map(|(by, heard)| match heard {
+                Heard::Ended(NodeEnd::PeerLost(node)) => Some((by, *node)),
+                _ => None,
+            })
         };
-        let others = || heard().find_map(|(_, heard)| guest(heard));
+        let blame = |(by, node): (usize, usize)| {
+            let name = self.names.get(by).map_or("?", String::as_str);
+            Ending::Lost { node, reason: format!("node {by} ({name}) lost its connection to it") }
+        };
+        // A peer that reported an end itself was alive: that report is only a consequence.
+        let silent = || reports().find(|(_, node)| self.nodes.get(*node).is_none_or(Option::is_none)).map(blame);
         let stopped = || {
             heard().find_map(|(_, heard)| match heard {
                 Heard::Ended(NodeEnd::Stopped(reason)) => Some(Ending::Stopped(reason.clone())),
                 _ => None,
             })
         };
-        lost.or_else(failed).or_else(blamed).or_else(others).or_else(stopped)
+        let others = || heard().find_map(|(_, heard)| guest(heard));
+        lost.or_else(failed).or_else(silent).or_else(stopped).or_else(|| reports().next().map(blame)).or_else(others)
     }
 }
 
@@ -184,6 +198,20 @@ mod tests {
         ends.ended(2, NodeEnd::Stopped("told".into()));
         assert_eq!(ends.verdict(), Some(Ending::Failed { node: 1, line: "no memory".into() }));
         assert!(ends.all_reported());
+    }
+
+    #[test]
+    fn a_stop_that_we_asked_for_is_no_cause() {
+        let mut ends = three();
+        ends.ended(0, NodeEnd::PeerLost(1));
+        ends.tell();
+        ends.ended(2, NodeEnd::Stopped("told".into()));
+        ends.ended(1, NodeEnd::PeerLost(0));
+        assert!(matches!(ends.verdict(), Some(Ending::Lost { node: 1, .. })));
+        let mut ends = three();
+        ends.ended(0, NodeEnd::PeerLost(1));
+        ends.ended(1, NodeEnd::Stopped("SIGTERM".into()));
+        assert_eq!(ends.verdict(), Some(Ending::Stopped("SIGTERM".into())));
     }
 
     #[test]

@@ -1,0 +1,188 @@
+//! The control socket (`--api`): a Unix socket on which programs ask one JSON object a line.
+//!
+//! `{"cmd":"status"}` is answered by `{"ok":true,"status":{...}}`, `{"cmd":"stop"}` ends the
+//! machine and is answered by `{"ok":true}`; anything else by `{"ok":false,"error":"..."}`.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::Mode;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::errno;
+
+/// Most bytes of one request.
+const MAX_REQUEST: u64 = 64 << 10;
+/// Most clients at one time.
+const MAX_CLIENTS: usize = 16;
+/// A client that takes nothing for this long is dropped.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// A request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Request {
+    /// What runs where.
+    Status,
+    /// End the machine now.
+    Stop,
+}
+
+/// The listening socket; dropping it removes the file.
+pub struct Api {
+    path: PathBuf,
+}
+
+impl Api {
+    /// Listens on `path`, for this user alone. `answer` gives the members that a good answer has
+    /// besides `ok`.
+    ///
+    /// # Errors
+    /// One line for people.
+    pub fn listen(path: &Path, answer: impl Fn(Request) -> Value + Send + Sync + 'static) -> Result<Self, String> {
+        let failed = |error: &io::Error| format!("--api {}: {}", path.display(), errno::describe(error));
+        remove_stale(path)?;
+        // The file must not be open to others even between bind and chmod.
+        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let bound = UnixListener::bind(path);
+        rustix::process::umask(before);
+        let listener = bound.map_err(|error| failed(&error))?;
+        let api = Self { path: path.into() };
+        let answer = Arc::new(answer);
+        let clients = Arc::new(AtomicUsize::new(0));
+        thread::Builder::new()
+            .name("api".into())
+            .spawn(move || {
+                for client in listener.incoming() {
+                    let Ok(client) = client else {
+                        thread::sleep(Duration::from_millis(100));
+                        continue;
+                    };
+                    if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+                        clients.fetch_sub(1, Ordering::SeqCst);
+                        continue;
+                    }
+                    let (answer, served) = (answer.clone(), clients.clone());
+                    let spawned = thread::Builder::new().name("api-client".into()).spawn(move || {
+                        serve(&client, &*answer);
+                        served.fetch_sub(1, Ordering::SeqCst);
+                    });
+                    if spawned.is_err() {
+                        clients.fetch_sub(1, Ordering::SeqCst);
+                    }
+                }
+            })
+            .map_err(|error| failed(&error))?;
+        Ok(api)
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Removes a socket that a killed front end left behind; nobody answers on that.
+fn remove_stale(path: &Path) -> Result<(), String> {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(format!("--api {}: EEXIST (there is a file already that is no socket)", path.display()));
+    }
+    if UnixStream::connect(path).is_ok() {
+        return Err(format!("--api {}: EADDRINUSE (another program listens on it)", path.display()));
+    }
+    fs::remove_file(path).map_err(|error| format!("--api {}: {}", path.display(), errno::describe(&error)))
+}
+
+fn serve(client: &UnixStream, answer: &dyn Fn(Request) -> Value) {
+    let _ = client.set_write_timeout(Some(WRITE_LIMIT));
+    let mut reader = BufReader::new(client);
+    let mut writer = client;
+    loop {
+        let mut line = Vec::new();
+        match reader.by_ref().take(MAX_REQUEST).read_until(b'\n', &mut line) {
+            Ok(count) if count > 0 => {}
+            _ => return,
+        }
+        let complete = line.last() == Some(&b'\n');
+        let mut reply = respond(&line, complete, answer).to_string();
+        reply.push('\n');
+        if writer.write_all(reply.as_bytes()).is_err() || !complete {
+            return;
+        }
+    }
+}
+
+fn respond(line: &[u8], complete: bool, answer: &dyn Fn(Request) -> Value) -> Value {
+    if !complete && line.len() as u64 == MAX_REQUEST {
+        return json!({"ok": false, "error": format!("a request of more than {MAX_REQUEST} bytes")});
+    }
+    match serde_json::from_slice(line) {
+        Ok(request) => {
+            let mut reply = answer(request);
+            if let Value::Object(members) = &mut reply {
+                members.insert("ok".into(), true.into());
+            }
+            reply
+        }
+        Err(error) => json!({"ok": false, "error": format!("not a request: {error}")}),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    fn ask(path: &Path, text: &[u8]) -> Vec<Value> {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(text).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        BufReader::new(client).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+    }
+
+    #[test]
+    fn requests_and_nonsense() {
+        let dir = TempDir::new_with_prefix("/tmp/krg-api").unwrap();
+        let path = dir.as_path().join("api");
+        let api = Api::listen(&path, |request| match request {
+            Request::Status => json!({"status": 7}),
+            Request::Stop => json!({}),
+        })
+        .unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let replies = ask(&path, b"{\"cmd\":\"status\"}\n{\"cmd\":\"stop\"}\n{\"cmd\":\"fly\"}\nnonsense\n");
+        assert_eq!(replies[0], json!({"ok": true, "status": 7}));
+        assert_eq!(replies[1], json!({"ok": true}));
+        assert_eq!((&replies[2]["ok"], &replies[3]["ok"]), (&json!(false), &json!(false)));
+        let replies = ask(&path, &vec![b'['; MAX_REQUEST as usize]);
+        assert!(replies[0]["error"].as_str().unwrap().contains("more than"));
+        assert!(Api::listen(&path, |_| json!({})).is_err_and(|line| line.contains("EADDRINUSE")));
+        drop(api);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_file_is_not() {
+        let dir = TempDir::new_with_prefix("/tmp/krg-api").unwrap();
+        let path = dir.as_path().join("api");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(Api::listen(&path, |_| json!({})).unwrap());
+        fs::write(&path, "data").unwrap();
+        assert!(Api::listen(&path, |_| json!({})).is_err_and(|line| line.contains("EEXIST")));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "data");
+    }
+}

@@ -1,0 +1,260 @@
+//! Attending a running machine: console, events, requests to end, and the nodes' ends.
+
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::console::{self, Typed};
+use super::daemon::STOP_LIMIT;
+use super::link::LinkSender;
+use super::message::{FromNode, ToNode};
+use super::report::Reporter;
+use super::verdict::{Ending, Ends};
+use crate::node::{NodeEnd, NodeInput};
+
+/// How long the other nodes may take to report after a loss or failure. With the silence that
+/// shows a loss it stays under 5 s.
+const LOSS_SETTLE: Duration = Duration::from_millis(400);
+/// How long node 0 may take to write out its disks after another node saw the guest end.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
+/// How long a node may take beyond its own limit to say that it stopped.
+const REPORT_MARGIN: Duration = Duration::from_millis(500);
+
+/// What the front end waits for.
+#[derive(Debug)]
+pub enum FrontEvent {
+    /// From a node.
+    Node(usize, NodeEvent),
+    /// From the user.
+    Typed(Typed),
+    /// A signal, or a request on the control socket, to end the machine; says which.
+    Quit(String),
+}
+
+/// What a node says while it runs.
+#[derive(Debug)]
+pub enum NodeEvent {
+    /// The guest's console output.
+    Console(Vec<u8>),
+    /// A line worth showing.
+    Event(String, Value),
+    /// It ended.
+    Ended(NodeEnd),
+    /// It is gone.
+    Lost(String),
+    /// An answer to a step towards running, or a refusal.
+    Answer(FromNode),
+}
+
+/// The way to a running node.
+pub enum Port {
+    /// Over its control connection.
+    Linked(LinkSender<ToNode>),
+    /// In this process.
+    Here(Sender<NodeInput>),
+}
+
+impl Port {
+    fn console(&self, bytes: Vec<u8>) {
+        // A node that is gone is noticed where its events come from.
+        match self {
+            Self::Linked(link) => drop(link.send(ToNode::Console(bytes))),
+            Self::Here(input) => drop(input.send(NodeInput::Console(bytes))),
+        }
+    }
+
+    fn stop(&self, reason: &str) {
+        match self {
+            Self::Linked(link) => drop(link.send(ToNode::Stop(reason.into()))),
+            Self::Here(input) => drop(input.send(NodeInput::Stop(reason.into()))),
+        }
+    }
+}
+
+/// The running machine as the front end sees it; `ports[i]` is node `i`.
+pub struct Attended<'a> {
+    /// The way to each node.
+    pub ports: Vec<Port>,
+    /// What each host is called.
+    pub names: Vec<String>,
+    /// All that happens.
+    pub events: &'a Receiver<FrontEvent>,
+    /// Where events are told.
+    pub reporter: Reporter,
+}
+
+impl Attended<'_> {
+    /// Attends the machine until it ended, on every node that could still say so. The flag says
+    /// whether all nodes reported and can run another machine.
+    pub fn run(self) -> (Ending, bool) {
+        let mut ends = Ends::new(self.names.clone());
+        let mut quit: Option<String> = None;
+        let mut end_by: Option<Instant> = None;
+        while !ends.all() {
+            let event = match end_by {
+                None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(end) => self.events.recv_timeout(end.saturating_duration_since(Instant::now())),
+            };
+            let Ok(event) = event else { break };
+            let wish = match event {
+                FrontEvent::Node(_, NodeEvent::Console(bytes)) => show(&bytes).err(),
+                FrontEvent::Node(node, NodeEvent::Event(line, json)) => {
+                    self.reporter.event(&line, &with_node(json, node));
+                    None
+                }
+                FrontEvent::Node(node, NodeEvent::Ended(end)) => {
+                    ends.ended(node, end);
+                    self.settle(&mut ends, quit.is_some(), &mut end_by);
+                    None
+                }
+                FrontEvent::Node(node, NodeEvent::Lost(reason)) => {
+                    ends.lost(node, reason);
+                    self.settle(&mut ends, quit.is_some(), &mut end_by);
+                    None
+                }
+                FrontEvent::Node(node, NodeEvent::Answer(answer)) => {
+                    let line = match answer {
+                        FromNode::Refused(line) => line,
+                        other => format!("its node sent {} out of turn", other.name()),
+                    };
+                    ends.ended(node, NodeEnd::Failed(line));
+                    self.settle(&mut ends, quit.is_some(), &mut end_by);
+                    None
+                }
+                FrontEvent::Typed(Typed::Bytes(bytes)) => {
+                    self.ports[0].console(bytes);
+                    None
+                }
+                FrontEvent::Typed(Typed::Help) => {
+                    self.reporter.event(console::HELP, &json!({"event": "help"}));
+                    None
+                }
+                FrontEvent::Typed(Typed::Quit) => Some("Ctrl-A x was typed".into()),
+                FrontEvent::Quit(reason) => Some(reason),
+            };
+            if let Some(reason) = wish {
+                if quit.is_some() {
+                    // Asked twice: no more patience.
+                    break;
+                }
+                self.stop(&mut ends, &reason);
+                end_by = Some(Instant::now() + STOP_LIMIT + REPORT_MARGIN);
+                quit = Some(reason);
+            }
+        }
+        let all = ends.all_reported();
+        match (quit, ends.verdict()) {
+            (_, Some(Ending::PowerOff)) => (Ending::PowerOff, all),
+            (Some(reason), _) => (Ending::Stopped(reason), all),
+            (None, Some(ending)) => (ending, all),
+            (None, None) => (Ending::Stopped("no node is left".into()), all),
+        }
+    }
+
+    fn stop(&self, ends: &mut Ends, reason: &str) {
+        ends.tell();
+        for port in &self.ports {
+            port.stop(reason);
+        }
+    }
+
+    /// Decides, after something was heard of a node's end, how long to wait for the others.
+    fn settle(&self, ends: &mut Ends, quitting: bool, end_by: &mut Option<Instant>) {
+        if quitting {
+            return;
+        }
+        let limit = match (ends.guest_ended(), ends.node_0()) {
+            (true, false) => POWER_OFF_LIMIT,
+            (true, true) => {
+                self.stop(ends, "the guest ended");
+                STOP_LIMIT + REPORT_MARGIN
+            }
+            (false, _) => {
+                let cause = match ends.verdict() {
+                    Some(Ending::Lost { node, .. }) => format!("node {node} is lost"),
+                    Some(Ending::Failed { node, .. }) => format!("node {node} failed"),
+                    _ => "another node ended".into(),
+                };
+                self.stop(ends, &cause);
+                LOSS_SETTLE
+            }
+        };
+        let end = Instant::now() + limit;
+        // Later news may shorten the wait for the rest, never lengthen it.
+        *end_by = Some(end_by.map_or(end, |before| before.min(end)));
+    }
+}
+
+/// Writes the guest's output; the error says that nobody reads it any more.
+fn show(bytes: &[u8]) -> Result<(), String> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .map_err(|error| format!("standard output: {}", super::errno::describe(&error)))
+}
+
+fn with_node(mut json: Value, node: usize) -> Value {
+    if let Value::Object(members) = &mut json {
+        members.entry("node").or_insert_with(|| node.into());
+    }
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Attends two nodes in this process to which `events` happen; returns what each was told too.
+    fn attend(events: Vec<FrontEvent>) -> (Ending, bool, Vec<Vec<NodeInput>>) {
+        let (sender, receiver) = channel();
+        let (ports, inputs): (Vec<_>, Vec<_>) = (0..2).map(|_| channel()).unzip();
+        for event in events {
+            sender.send(event).unwrap();
+        }
+        let attended = Attended {
+            ports: ports.into_iter().map(Port::Here).collect(),
+            names: vec!["a".into(), "b".into()],
+            events: &receiver,
+            reporter: Reporter::new(true),
+        };
+        let (ending, all) = attended.run();
+        (ending, all, inputs.into_iter().map(|input| input.try_iter().collect()).collect())
+    }
+
+    fn ended(node: usize, end: NodeEnd) -> FrontEvent {
+        FrontEvent::Node(node, NodeEvent::Ended(end))
+    }
+
+    #[test]
+    fn power_off_on_all_nodes() {
+        let (ending, all, _) = attend(vec![ended(1, NodeEnd::PowerOff), ended(0, NodeEnd::PowerOff)]);
+        assert_eq!((ending, all), (Ending::PowerOff, true));
+    }
+
+    #[test]
+    fn a_lost_node_stops_the_others() {
+        let start = Instant::now();
+        let (ending, all, told) = attend(vec![FrontEvent::Node(1, NodeEvent::Lost("closed".into()))]);
+        assert_eq!((ending, all), (Ending::Lost { node: 1, reason: "closed".into() }, false));
+        assert!(matches!(&told[0][..], [NodeInput::Stop(reason)] if reason == "node 1 is lost"));
+        assert!(start.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn typed_bytes_go_to_node_0_and_quitting_waits_for_the_nodes() {
+        let (ending, all, told) = attend(vec![
+            FrontEvent::Typed(Typed::Bytes(b"x".to_vec())),
+            FrontEvent::Typed(Typed::Quit),
+            ended(0, NodeEnd::Stopped("told".into())),
+            ended(1, NodeEnd::PeerLost(0)),
+        ]);
+        assert_eq!((ending, all), (Ending::Stopped("Ctrl-A x was typed".into()), true));
+        assert!(matches!(&told[0][..], [NodeInput::Console(bytes), NodeInput::Stop(_)] if bytes == b"x"));
+        assert!(matches!(&told[1][..], [NodeInput::Stop(_)]));
+    }
+}
