@@ -278,37 +278,39 @@ impl<S: Service> Body<S> {
             if self.stop.check().is_err() {
                 return;
             }
-            self.take_commands();
+            let more_commands = self.take_command();
             next = match self.serve() {
+                Some(_) if more_commands => Next::More,
                 Some(next) => next,
                 None => return,
             };
         }
     }
 
-    fn take_commands(&mut self) {
-        loop {
-            let command = self.mailbox.commands().as_mut().and_then(VecDeque::pop_front);
-            match command {
-                Some(Command::Activate(activation)) => {
-                    self.service.begin(&activation);
-                    self.active = Some(activation);
-                    self.broken = false;
-                }
-                Some(Command::Reset(token)) => {
-                    self.active = None;
-                    drop(token);
-                }
-                Some(Command::Pause(reply)) => {
-                    self.paused = true;
-                    let rings = self.active.iter().flat_map(|a| &a.rings);
-                    // Nobody waiting any more is no reason to stop.
-                    let _ = reply.send(rings.map(|ring| ring.save()).collect());
-                }
-                Some(Command::Resume) => self.paused = false,
-                None => return,
+    /// Takes one command; queues are served between any two, so that what was available at an
+    /// activation is begun before a pause. Returns whether there was one.
+    fn take_command(&mut self) -> bool {
+        let command = self.mailbox.commands().as_mut().and_then(VecDeque::pop_front);
+        match command {
+            Some(Command::Activate(activation)) => {
+                self.service.begin(&activation);
+                self.active = Some(activation);
+                self.broken = false;
             }
+            Some(Command::Reset(token)) => {
+                self.active = None;
+                drop(token);
+            }
+            Some(Command::Pause(reply)) => {
+                self.paused = true;
+                let rings = self.active.iter().flat_map(|a| &a.rings);
+                // Nobody waiting any more is no reason to stop.
+                let _ = reply.send(rings.map(|ring| ring.save()).collect());
+            }
+            Some(Command::Resume) => self.paused = false,
+            None => return false,
         }
+        true
     }
 
     /// `None`: the thread is to end.

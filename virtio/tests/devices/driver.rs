@@ -20,7 +20,6 @@ pub const INDIRECT: u64 = 1 << 28;
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT_TABLE: u16 = 4;
-pub const DRIVER_OK: u8 = 4;
 pub const NEEDS_RESET: u8 = 64;
 /// How long a device may take for anything.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,10 +43,7 @@ pub struct Machine {
 
 pub fn machine(device: impl VirtioDevice + 'static) -> Machine {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-    machine_on(Arc::new(memory), device)
-}
-
-pub fn machine_on(memory: Arc<GuestMemory>, device: impl VirtioDevice + 'static) -> Machine {
+    let memory = Arc::new(memory);
     let (sender, interrupts) = channel();
     let sink = Arc::new(Interrupts(Mutex::new(sender)));
     let root = Arc::new(PciRoot::new(WINDOW));
@@ -131,6 +127,15 @@ impl Driver {
         }
         assert!(driver.common != 0 && driver.notify != 0 && driver.isr != 0 && driver.config != 0);
         driver
+    }
+
+    /// The same driver in another machine with the same devices.
+    pub fn moved_to(self, machine: &Machine) -> Driver {
+        Driver {
+            root: machine.root.clone(),
+            memory: machine.memory.clone(),
+            ..self
+        }
     }
 
     pub fn config_u32(&self, offset: u64) -> u32 {

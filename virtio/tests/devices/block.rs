@@ -1,15 +1,12 @@
 //! virtio-blk end to end: a driver does I/O through PCI, MMIO and virtqueues.
 
-mod driver;
-#[path = "driver/ram_disk.rs"]
-mod ram_disk;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use driver::*;
+use crate::driver::*;
 use krg_virtio::block::Block;
-use ram_disk::RamDisk;
+use crate::ram_disk::RamDisk;
 use vm_memory::{Bytes, GuestAddress};
 
 const FLUSH: u64 = 1 << 9;

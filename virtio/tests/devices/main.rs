@@ -1,0 +1,10 @@
+//! Whole devices, driven as a guest drives them.
+
+mod accesses;
+mod block;
+mod driver;
+mod malformed;
+mod net;
+mod ram_disk;
+mod snapshot;
+mod stop;
