@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -33,19 +34,27 @@ pub struct Fault {
 pub struct FaultSource {
     ram: Arc<GuestRam>,
     uffd: Arc<Uffd>,
-    stop: Arc<EventFd>,
+    stop: Arc<Stop>,
     messages: Vec<Message>,
 }
 
 /// Ends a [`FaultSource`]'s stream from another thread.
 #[derive(Clone, Debug)]
-pub struct FaultStop(Arc<EventFd>);
+pub struct FaultStop(Arc<Stop>);
+
+#[derive(Debug)]
+struct Stop {
+    asked: AtomicBool,
+    /// Ends a wait; the flag alone is enough between waits, and costs no system call.
+    wake: EventFd,
+}
 
 impl FaultStop {
     /// Makes every present and later [`FaultSource::next_batch`] return `false`. Who waits for a
     /// page goes on waiting, until it is filled or the [`crate::memory::UffdMemory`] is dropped.
     pub fn stop(&self) {
-        if let Err(error) = self.0.write(1) {
+        self.0.asked.store(true, Ordering::SeqCst);
+        if let Err(error) = self.0.wake.write(1) {
             // The counter is full, so it is raised already.
             tracing::debug!(%error, "fault source was told to stop before");
         }
@@ -54,13 +63,17 @@ impl FaultStop {
 
 impl FaultSource {
     pub(super) fn new(ram: Arc<GuestRam>, uffd: Arc<Uffd>) -> Result<Self, MemoryError> {
-        let stop = EventFd::new(EFD_NONBLOCK).map_err(|error| MemoryError::Events {
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(|error| MemoryError::Events {
             errno: Errno::of(&error),
         })?;
+        let stop = Arc::new(Stop {
+            asked: AtomicBool::new(false),
+            wake,
+        });
         Ok(Self {
             ram,
             uffd,
-            stop: Arc::new(stop),
+            stop,
             messages: vec![Message::default(); BATCH],
         })
     }
@@ -83,13 +96,14 @@ impl FaultSource {
                 faults.push(self.fault(message)?);
             }
             // Stop wins over faults, so a stream of them cannot keep the thread alive.
-            if !faults.is_empty() && !self.wait(0)? {
-                return Ok(true);
-            }
-            if self.wait(-1)? {
+            if self.stop.asked.load(Ordering::SeqCst) {
                 faults.clear();
                 return Ok(false);
             }
+            if !faults.is_empty() {
+                return Ok(true);
+            }
+            self.wait()?;
         }
     }
 
@@ -104,29 +118,27 @@ impl FaultSource {
         })
     }
 
-    /// Waits up to `timeout` ms for a fault or stop; whether stop was asked for.
-    fn wait(&self, timeout: i32) -> Result<bool, MemoryError> {
+    /// Waits for a fault or stop.
+    fn wait(&self) -> Result<(), MemoryError> {
         let entry = |fd| libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
         };
-        let mut entries = [entry(self.stop.as_raw_fd()), entry(self.uffd.as_raw_fd())];
+        let mut entries = [entry(self.stop.wake.as_raw_fd()), entry(self.uffd.as_raw_fd())];
         // SAFETY: the pointer and the count describe the array.
-        if unsafe { libc::poll(entries.as_mut_ptr(), 2, timeout) } < 0 {
+        if unsafe { libc::poll(entries.as_mut_ptr(), 2, -1) } < 0 {
             let error = io::Error::last_os_error();
             if error.kind() != io::ErrorKind::Interrupted {
                 return Err(MemoryError::Events {
                     errno: Errno::of(&error),
                 });
             }
-            return Ok(false);
-        }
-        if entries[1].revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
+        } else if entries[1].revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
             return Err(MemoryError::Events {
                 errno: Errno(libc::EBADF),
             });
         }
-        Ok(entries[0].revents & libc::POLLIN != 0)
+        Ok(())
     }
 }
