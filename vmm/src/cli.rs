@@ -149,6 +149,7 @@ impl Guest {
             },
             secret_file: self.secret_file,
             program,
+            attach: true,
         })
     }
 }

@@ -25,7 +25,6 @@ use super::front_session::Cluster;
 use super::gather::{self, Gathered, Gathering};
 use super::hosts::HostsFile;
 use super::local::name_in;
-use super::offer::Offer;
 use super::plan::{self, Candidate};
 use super::report::Reporter;
 use super::secret::Secret;
@@ -62,6 +61,9 @@ pub struct Options {
     pub secret_file: Option<PathBuf>,
     /// This program, to be started as a node.
     pub program: PathBuf,
+    /// Take the terminal, standard input and signals; a program that embeds the front end may
+    /// keep them.
+    pub attach: bool,
 }
 
 /// The events of one front end and where they come from.
@@ -220,14 +222,8 @@ fn check_image(path: &Path) -> Result<(), FrontError> {
 fn show_host(reporter: Reporter, number: usize, node: &Gathered, started: bool) {
     let Gathered { line, address, offer, round_trip, .. } = node;
     let micros = round_trip.as_micros();
-    let text = format!(
-        "node {number}: {address}{}: {} CPUs, {} free, {}, kernel {}, tcp, round trip {micros} us",
-        if started { " (started here)" } else { "" },
-        offer.cpus,
-        size::show(offer.memory),
-        offer.kvm_line(),
-        offer.kernel,
-    );
+    let started_here = if started { " (started here)" } else { "" };
+    let text = format!("node {number}: {address}{started_here}: {}, tcp, round trip {micros} us", offer.line());
     let kvm = offer.kvm.as_ref().ok();
     let event = json!({
         "event": "host", "node": number, "id": line.id, "address": address.to_string(), "started": started,
@@ -314,6 +310,9 @@ fn attend_user(
         }
     };
     let api = options.api.as_ref().map(|path| Api::listen(path, answer)).transpose().map_err(FrontError::System)?;
+    if !options.attach {
+        return Ok((api, None));
+    }
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])
         .map_err(|error| FrontError::System(format!("signals: {}", errno::describe(&error))))?;
     let quit = events.sender.clone();
@@ -335,9 +334,4 @@ fn attend_user(
     let typed = events.sender.clone();
     read_input(io::stdin().is_terminal(), move |what| typed.send(FrontEvent::Typed(what)).is_ok()).map_err(no_thread)?;
     Ok((api, raw))
-}
-
-/// The offer of this host, for `krg-vmm node`'s first log line.
-pub fn describe_offer(offer: &Offer) -> String {
-    format!("{} CPUs, {} free, {}, kernel {}", offer.cpus, size::show(offer.memory), offer.kvm_line(), offer.kernel)
 }

@@ -1,6 +1,6 @@
 //! Hosts, sessions and their control.
 //!
-//! A front end (`front`) reads the [`hosts`] file, finds or starts a node [`daemon`] on every
+//! A front end ([`front`]) reads the [`hosts`] file, finds or starts a node [`daemon`] on every
 //! host, authenticates with each ([`handshake`], [`secret`]), places the machine and directs the
 //! nodes by [`message`]s over a [`link`]. The nodes connect their mesh and run the machine.
 
@@ -26,5 +26,6 @@ pub mod plan;
 mod probe;
 pub mod report;
 pub mod secret;
+pub mod service;
 pub mod size;
 mod verdict;

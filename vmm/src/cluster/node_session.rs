@@ -48,7 +48,8 @@ struct Ready(Box<Prepare>, Vec<Option<TcpStream>>);
 
 struct Session<S> {
     shared: Arc<Shared>,
-    link: Link<FromNode, ToNode>,
+    // The link itself outlives the session, so that a refusal still gets through.
+    link: LinkSender<FromNode>,
     events: Receiver<Event>,
     sender: Sender<Event>,
     state: S,
@@ -88,9 +89,8 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
     if let Err(error) = link.forward(move |incoming| forward.send(Event::FrontEnd(incoming)).is_ok()) {
         return tracing::error!("front end {from}: {}", super::errno::describe(&error));
     }
-    let reply = link.sender();
-    let _ = reply.send(FromNode::Offer(Box::new(shared.runner.offer())));
-    let mut session = Session { shared: shared.clone(), link, events, sender, state: Offered };
+    let _ = link.send(FromNode::Offer(Box::new(shared.runner.offer())));
+    let mut session = Session { shared: shared.clone(), link: link.sender(), events, sender, state: Offered };
     let over = loop {
         session = match session.prepare().and_then(Session::connect).and_then(Session::run) {
             Ok(session) => session,
@@ -101,7 +101,7 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
         Over::Gone(reason) => tracing::info!("front end {from} is gone: {reason}"),
         Over::Refuse(line) => {
             tracing::error!("session of {from}: {line}");
-            let _ = reply.send(FromNode::Refused(line));
+            let _ = link.send(FromNode::Refused(line));
         }
         Over::Stuck => shared.give_up(),
     }
@@ -159,8 +159,8 @@ impl Session<Offered> {
                     self.send(FromNode::Prepared)?;
                     return Ok(self.with(Prepared(prepare)));
                 }
-                // Typed while the machine before was ending.
-                Some(Event::FrontEnd(Incoming::Message(ToNode::Console(_)))) | None => {}
+                // Said to the machine before, while it was ending.
+                Some(Event::FrontEnd(Incoming::Message(ToNode::Console(_) | ToNode::Stop(_)))) | None => {}
                 Some(event) => return Err(unexpected(event)),
             }
         }
@@ -221,7 +221,7 @@ impl Session<Ready> {
             claim.input = Some(input.clone());
         }
         let runner = shared.runner.clone();
-        let output = Arc::new(Output(link.sender()));
+        let output = Arc::new(Output(link.clone()));
         let ended = sender.clone();
         thread::Builder::new()
             .name("machine".into())

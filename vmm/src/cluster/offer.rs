@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::errno;
 use super::probe;
+use super::size;
 use crate::node::CpuidLeaf;
 
 /// Version of [`Offer`]'s form.
@@ -77,8 +78,14 @@ impl Offer {
         }
     }
 
+    /// The host in one line.
+    pub fn line(&self) -> String {
+        let memory = size::show(self.memory);
+        format!("{} CPUs, {memory} free, {}, kernel {}", self.cpus, self.kvm_line(), self.kernel)
+    }
+
     /// The KVM in a few words, with what decides how page tables are shared.
-    pub fn kvm_line(&self) -> String {
+    fn kvm_line(&self) -> String {
         let Ok(kvm) = &self.kvm else { return "no KVM".into() };
         let mut line = kvm.module.clone();
         if let Some(on) = kvm.nested_paging {
@@ -144,6 +151,18 @@ fn kvm_info(device: &Path) -> Result<KvmInfo, String> {
             })
             .collect(),
     })
+}
+
+/// Whether this host's hardware walks of the guest's page tables count as writes to them, and how that
+/// is known.
+pub fn walks_write() -> (bool, String) {
+    let (module, _, eptad) = modules(Path::new("/sys/module"));
+    match (module.as_str(), eptad) {
+        ("kvm_intel", Some(false)) => (false, "kvm_intel with eptad=0: walks only read".into()),
+        ("kvm_intel", _) => (true, "kvm_intel with eptad=1: walks write".into()),
+        ("kvm_amd", _) => (true, "kvm_amd: walks always write".into()),
+        (module, _) => (true, format!("{module}: walks may write")),
+    }
 }
 
 /// Name and parameters of the KVM module under `root` (`/sys/module`).
