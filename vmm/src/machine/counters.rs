@@ -38,6 +38,13 @@ pub struct VcpuStatistics {
     pub received: u64,
 }
 
+impl VcpuStatistics {
+    /// All returns of KVM_RUN.
+    pub fn exits(&self) -> u64 {
+        self.ports + self.memory + self.kicks + self.other
+    }
+}
+
 impl Counters {
     /// Reads all counts. They are not taken at one instant.
     pub fn read(&self) -> VcpuStatistics {
