@@ -3,5 +3,6 @@
 pub mod clock;
 mod errno;
 pub mod memory;
+pub mod node;
 pub mod transport;
 pub mod protocol;

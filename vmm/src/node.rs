@@ -3,12 +3,26 @@
 //! The cluster side (`crate::cluster`) authenticates, agrees on a [`NodeSpec`] and connects the
 //! peers; [`run`] then builds memory, machine and devices and runs until the machine ends.
 
+mod boot;
+mod devices;
+mod fabric;
+mod report;
+mod shared;
+mod single;
+mod tsc;
+mod wire;
+
+use std::io::Write;
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
 
+use krg_dsm::node::DsmError;
 use krg_scheduler::Placement;
 use serde::{Deserialize, Serialize};
+
+use crate::machine::End;
 
 /// How page-table pages that several hosts walk are kept (`--page-tables`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,8 +138,56 @@ pub fn run(
     spec: NodeSpec,
     peers: Vec<Option<TcpStream>>,
     input: Receiver<NodeInput>,
-    output: std::sync::Arc<dyn NodeOutput>,
+    output: Arc<dyn NodeOutput>,
 ) -> NodeEnd {
-    let _ = (spec, peers, input, output);
-    NodeEnd::Failed("the machine is not joined to the cluster yet".into())
+    let end = if spec.placement.hosts.len() == 1 {
+        single::run(&spec, input, &output)
+    } else {
+        shared::run(&spec, peers, input, &output)
+    };
+    end.unwrap_or_else(NodeEnd::Failed)
+}
+
+/// What can end or change a running node, in the order in which it happened.
+enum Happening {
+    Input(NodeInput),
+    Machine(End),
+    Setup(usize, Vec<u8>),
+    Dsm(DsmError),
+    /// A node sent a machine message that is none.
+    Nonsense(usize),
+}
+
+/// Passes everything from one channel on as happenings, until either side is gone.
+fn forward<T: Send + 'static>(from: Receiver<T>, to: Sender<Happening>, wrap: fn(T) -> Happening) {
+    std::thread::spawn(move || {
+        for item in from {
+            if to.send(wrap(item)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// The console's way out, as a [`Write`].
+struct Console(Arc<dyn NodeOutput>);
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.console(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn end_of(end: End) -> NodeEnd {
+    match end {
+        End::PowerOff => NodeEnd::PowerOff,
+        End::Reset => NodeEnd::Reset(false),
+        End::TripleFault { .. } => NodeEnd::Reset(true),
+        End::Error(line) => NodeEnd::Failed(line),
+    }
 }

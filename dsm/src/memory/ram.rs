@@ -1,5 +1,6 @@
 //! The host mapping of guest RAM.
 
+use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::AtomicU64;
 
@@ -170,6 +171,21 @@ impl GuestRam {
         };
         let host = self.page(page).ok_or(bounds)?;
         advise(host, PAGE_SIZE as u64, libc::MADV_DONTNEED, "MADV_DONTNEED", true)
+    }
+
+    /// Drops the content of a range of pages that exist.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn discard_range(&self, pages: Range<u32>) -> Result<(), MemoryError> {
+        for range in self.layout.ranges() {
+            let first = pages.start.max(range.first);
+            let end = pages.end.min(range.first + range.pages());
+            if let Some(host) = (first < end).then(|| self.page(first)).flatten() {
+                advise(host, u64::from(end - first) << PAGE_SHIFT, libc::MADV_DONTNEED, "MADV_DONTNEED", true)?;
+            }
+        }
+        Ok(())
     }
 
     /// Drops all content.

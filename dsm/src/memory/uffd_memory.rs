@@ -1,6 +1,7 @@
 //! Guest RAM under userfaultfd: set-up, page states, saved state.
 
-use std::sync::atomic::AtomicU64;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -48,13 +49,34 @@ impl UffdMemory {
     /// # Errors
     /// RAM that is not coherent, no permission for userfaultfd, a kernel that lacks parts of it.
     pub fn new(ram: Arc<GuestRam>, shards: usize) -> Result<(Self, Vec<FaultSource>), MemoryError> {
+        Self::keeping(ram, shards, &[])
+    }
+
+    /// Like [`UffdMemory::new`], but the pages of `kept` keep their content and start out writable.
+    ///
+    /// # Errors
+    /// As for [`UffdMemory::new`]; a range beyond the last page.
+    pub fn keeping(
+        ram: Arc<GuestRam>,
+        shards: usize,
+        kept: &[Range<u32>],
+    ) -> Result<(Self, Vec<FaultSource>), MemoryError> {
         if !ram.coherent() {
             return Err(MemoryError::NotCoherent);
         }
         let uffds = (0..shards.max(1))
             .map(|_| Uffd::open().map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
-        let memory = Self {
+        if let Some(beyond) = kept.iter().find(|r| r.start > r.end || r.end > ram.pages()) {
+            return Err(MemoryError::Bounds { page: beyond.end, word: 0, pages: ram.pages() });
+        }
+        for page in kept.iter().cloned().flatten() {
+            // A page nobody wrote is not there yet, and would fault for ever once registered.
+            if let Some(words) = ram.words(page) {
+                words[0].fetch_add(0, Ordering::Relaxed);
+            }
+        }
+        let mut memory = Self {
             access: AccessMap::new(ram.pages()),
             ram,
             uffds,
@@ -74,13 +96,32 @@ impl UffdMemory {
                 first = next;
             }
         }
-        memory.ram.discard_all()?;
+        memory.discard_others(kept)?;
         let sources = memory
             .uffds
             .iter()
             .map(|uffd| FaultSource::new(Arc::clone(&memory.ram), Arc::clone(uffd)))
             .collect::<Result<_, _>>()?;
         Ok((memory, sources))
+    }
+
+    /// Discards every page that is not in `kept`, whose pages (made present before they were
+    /// registered) become writable.
+    fn discard_others(&mut self, kept: &[Range<u32>]) -> Result<(), MemoryError> {
+        if kept.is_empty() {
+            return self.ram.discard_all();
+        }
+        for page in kept.iter().cloned().flatten() {
+            self.access.set(page, Access::Writable);
+        }
+        let mut kept: Vec<_> = kept.iter().map(|r| (r.start, r.end)).collect();
+        kept.sort_unstable();
+        let mut next = 0;
+        for (start, end) in kept.into_iter().chain([(self.ram.pages(), self.ram.pages())]) {
+            self.ram.discard_range(next..start)?;
+            next = next.max(end);
+        }
+        Ok(())
     }
 
     /// The RAM underneath.

@@ -34,6 +34,9 @@ impl<const W: usize> Engine<W> {
         // Nothing is frozen: what the guest changes after a word was read differs from the twin and is
         // found by the next flush, like any other change.
         let mut data = memory.read(page);
+        if level == pte::ROOT_LEVEL && !self.tables.fits_root(page, &data) {
+            return false;
+        }
         for (word, entry) in data.iter_mut().enumerate() {
             *entry = self.settle(page, level, word, *entry, memory);
         }

@@ -68,6 +68,19 @@ impl<const W: usize> Tables<W> {
         self.replicas.get(&page).map(|(level, r)| (*level, r))
     }
 
+    /// Whether a page with this content may be taken for the root it was last seen as. The kernel
+    /// image's own roots may; others must map the kernel exactly as one of those does, or the page was
+    /// freed since and is data.
+    pub fn fits_root(&self, page: u32, data: &PageData<W>) -> bool {
+        if !data.iter().all(|&e| pte::plausible_root_entry(e)) {
+            return false;
+        }
+        let same = |a: &PageData<W>| a[W / 2..].iter().zip(&data[W / 2..]).all(|(&a, &b)| pte::same_but_accessed_dirty(a, b));
+        let image_roots =
+            || self.replicas.range(self.image.clone()).filter(|(_, (level, _))| *level == pte::ROOT_LEVEL);
+        self.image.contains(&page) || image_roots().any(|(_, (_, root))| same(&root.twin))
+    }
+
     /// An entry that pointed to the table `page` at the last merge: (page, word).
     pub fn parent(&self, page: u32) -> Option<(u32, usize)> {
         self.links.get(&page)?.parents.first().map(|&(parent, word)| (parent, usize::from(word)))

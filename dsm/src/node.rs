@@ -1,0 +1,305 @@
+//! The shared memory of one node at work: protocol, guest memory and transport joined.
+//!
+//! One thread per userfaultfd takes faults to the engine, the transport's receivers take messages to
+//! it. The engine is under one lock; what it wants sent is handed to the transport before the lock
+//! is released, so the order of messages is the order of the engine's steps. Machine messages are
+//! delivered after that, outside the lock.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::memory::{FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
+use crate::protocol::{Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
+
+/// Frame class of protocol messages; machine messages, which the protocol orders, are among them.
+pub const PROTOCOL: u8 = 1;
+/// Frame class of messages outside the protocol's order (set-up, clocks).
+pub const SETUP: u8 = 2;
+
+/// Roots are asked for again after this long at the earliest.
+const ROOTS_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why the shared memory can't go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DsmError {
+    /// The peer is gone, or not a peer.
+    #[error("{0}")]
+    Peer(PeerEvent),
+    /// A peer sent what is not a message.
+    #[error("node {from}: {reason}; its version may differ from ours")]
+    Malformed {
+        /// The peer.
+        from: usize,
+        /// What was wrong.
+        reason: Malformed,
+    },
+    /// A peer broke the protocol.
+    #[error("{0}")]
+    Protocol(ProtocolError),
+    /// This host's memory refused an operation.
+    #[error("{0}")]
+    Memory(MemoryError),
+    /// A thread could not be started.
+    #[error("shared memory: starting a thread failed: {0}; raise the limit of processes")]
+    Thread(String),
+}
+
+/// What the shared memory calls on.
+pub trait Client: Send + Sync {
+    /// A machine message from node `from`, in the order it was sent.
+    fn machine(&self, from: usize, bytes: &[u8]);
+    /// A message outside the protocol's order.
+    fn setup(&self, from: usize, bytes: &[u8]);
+    /// Page frame numbers of the page-table roots of the vCPUs that run here, as last seen; has them
+    /// looked at again soon.
+    fn roots(&self) -> Vec<u64>;
+    /// The machine can't go on. Called once.
+    fn failed(&self, error: DsmError);
+}
+
+/// What a node starts with; the same on all nodes but for `me`.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// This node.
+    pub me: usize,
+    /// Bytes of RAM whose home is each node, in guest-physical order.
+    pub shares: Vec<u64>,
+    /// Page ranges node 0 has written.
+    pub preloaded: Vec<Range<u32>>,
+    /// Pages the kernel image was loaded to.
+    pub image: Range<u32>,
+    /// Replicate page tables.
+    pub replicate: bool,
+    /// A protocol bug to plant, for tests.
+    pub bug: Option<Bug>,
+}
+
+struct State {
+    engine: Engine<PAGE_WORDS>,
+    memory: UffdMemory,
+    out: Output<PAGE_WORDS>,
+    encoded: Vec<u8>,
+    roots_asked: Instant,
+}
+
+/// The shared memory of one node.
+pub struct Dsm {
+    me: usize,
+    ram: Arc<GuestRam>,
+    transport: Arc<dyn Transport>,
+    client: OnceLock<Arc<dyn Client>>,
+    /// `None` until [`Dsm::start`], and again after [`Dsm::stop`].
+    state: Mutex<Option<State>>,
+    started: Condvar,
+    stopping: AtomicBool,
+    failed: AtomicBool,
+    threads: Mutex<Vec<(FaultStop, JoinHandle<()>)>>,
+}
+
+impl Dsm {
+    /// The shared memory over `ram`, not yet coherent: node 0 may write to it what the machine
+    /// starts with. The transport's handler is [`Dsm::handler`].
+    pub fn new(me: usize, ram: Arc<GuestRam>, transport: Arc<dyn Transport>) -> Arc<Self> {
+        Arc::new(Dsm {
+            me,
+            ram,
+            transport,
+            client: OnceLock::new(),
+            state: Mutex::new(None),
+            started: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            threads: Mutex::default(),
+        })
+    }
+
+    /// What to start the transport with. `client` hears from now on.
+    pub fn handler(self: &Arc<Self>, client: Arc<dyn Client>) -> Arc<dyn Handler> {
+        // A second client is refused by the cell; the first stays.
+        let _ = self.client.set(client);
+        Arc::new(Receiver(Arc::clone(self)))
+    }
+
+    /// Makes the memory coherent. Messages that came before wait for this.
+    ///
+    /// # Errors
+    /// Userfaultfd is not to be had, or no thread.
+    pub fn start(self: &Arc<Self>, start: Start) -> Result<(), DsmError> {
+        let ranges: Vec<(u64, u32)> = self.ram.layout().ranges().iter().map(|r| (r.gpa >> 12, r.pages())).collect();
+        let shares: Vec<u32> = start.shares.iter().map(|bytes| (bytes >> 12) as u32).collect();
+        let geometry = Geometry::new(&ranges, &shares);
+        let kept: &[Range<u32>] = if start.me == 0 { &start.preloaded } else { &[] };
+        let (memory, sources) = UffdMemory::keeping(Arc::clone(&self.ram), shards(), kept).map_err(DsmError::Memory)?;
+        let mut engine =
+            Engine::new(start.me as NodeId, geometry, &start.preloaded, start.image.clone(), start.replicate);
+        if let Some(bug) = start.bug {
+            engine.plant(bug);
+        }
+        let (out, encoded) = (Output::default(), Vec::new());
+        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked: Instant::now() });
+        self.started.notify_all();
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for (n, source) in sources.into_iter().enumerate() {
+            let stop = source.stopper();
+            let dsm = Arc::clone(self);
+            let thread = std::thread::Builder::new()
+                .name(format!("dsm-fault-{n}"))
+                .spawn(move || dsm.answer_faults(source))
+                .map_err(|e| DsmError::Thread(e.to_string()))?;
+            threads.push((stop, thread));
+        }
+        Ok(())
+    }
+
+    /// Sends a machine message: it arrives after everything the guest here did before is in place
+    /// there. Order is kept per destination.
+    pub fn send(&self, to: usize, bytes: Vec<u8>) {
+        self.step(self.me, Input::Send { to: to as NodeId, bytes });
+    }
+
+    /// Sends a message outside the protocol's order.
+    ///
+    /// # Errors
+    /// The peer is gone, or the message is too long.
+    pub fn send_setup(&self, to: usize, bytes: &[u8]) -> Result<(), SendError> {
+        self.transport.send(to, SETUP, &[bytes])
+    }
+
+    /// Counters of the protocol here, and the replicas held; `None` before the start.
+    pub fn counters(&self) -> Option<(Counters, usize)> {
+        self.lock().as_ref().map(|s| (s.engine.counters(), s.engine.replicas()))
+    }
+
+    /// What went to and came from a peer.
+    pub fn traffic(&self, peer: usize) -> PeerCount {
+        self.transport.count(peer)
+    }
+
+    /// The guest's memory.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Ends coherence: whoever waits for a page goes on and sees zeros, so nothing of the guest may
+    /// be let out of this node any more. Call it once vCPUs are told to stop.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for (stop, _) in &threads {
+            stop.stop();
+        }
+        let state = self.lock().take();
+        self.started.notify_all();
+        for (_, thread) in threads {
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!("a fault thread panicked");
+            }
+        }
+        // Last: closing the userfaultfds wakes those who wait.
+        drop(state);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answer_faults(&self, mut source: FaultSource) {
+        let mut faults = Vec::new();
+        loop {
+            match source.next_batch(&mut faults) {
+                Ok(true) => {
+                    for fault in &faults {
+                        self.step(self.me, Input::Fault { page: fault.page, write: fault.write });
+                    }
+                }
+                Ok(false) => return,
+                Err(error) => return self.fail(DsmError::Memory(error)),
+            }
+        }
+    }
+
+    /// One step of the engine and all that follows from it.
+    fn step(&self, from: usize, input: Input<PAGE_WORDS>) {
+        let mut guard = self.lock();
+        while guard.is_none() {
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        let Some(state) = guard.as_mut() else { return };
+        let State { engine, memory, out, encoded, roots_asked } = state;
+        let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
+        if let Some(error) = memory.failed() {
+            result = Err(DsmError::Memory(error));
+        }
+        for (to, message) in out.sends.drain(..) {
+            encoded.clear();
+            message.encode(encoded);
+            if let Err(error) = self.transport.send(usize::from(to), PROTOCOL, &[encoded]) {
+                // The transport tells of a lost peer by an event; anything else is our own fault.
+                tracing::debug!(%error, "a protocol message was not sent");
+            }
+        }
+        let deliver = std::mem::take(&mut out.deliver);
+        if std::mem::take(&mut out.want_roots) && roots_asked.elapsed() >= ROOTS_INTERVAL {
+            *roots_asked = Instant::now();
+            if let Some(client) = self.client.get() {
+                let frames = client.roots();
+                let pages = frames.into_iter().filter_map(|f| engine.geometry().page_of_frame(f)).collect();
+                if let Err(error) = engine.step(Input::Roots(pages), memory, out) {
+                    result = Err(DsmError::Protocol(error));
+                }
+            }
+        }
+        drop(guard);
+        if let Some(client) = self.client.get() {
+            for (_, bytes) in deliver {
+                client.machine(from, &bytes);
+            }
+        }
+        if let Err(error) = result {
+            self.fail(error);
+        }
+    }
+
+    fn fail(&self, error: DsmError) {
+        if !self.failed.swap(true, Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
+            if let Some(client) = self.client.get() {
+                client.failed(error);
+            }
+        }
+    }
+}
+
+/// One userfaultfd peaks at about four faulting CPUs.
+fn shards() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(4))
+}
+
+struct Receiver(Arc<Dsm>);
+
+impl Handler for Receiver {
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        match class {
+            PROTOCOL => match Message::decode(payload) {
+                Ok(message) => self.0.step(peer, Input::Message { from: peer as NodeId, message }),
+                Err(reason) => self.0.fail(DsmError::Malformed { from: peer, reason }),
+            },
+            SETUP => {
+                if let Some(client) = self.0.client.get() {
+                    client.setup(peer, payload);
+                }
+            }
+            _ => self.0.fail(DsmError::Malformed { from: peer, reason: Malformed }),
+        }
+    }
+
+    fn event(&self, event: PeerEvent) {
+        self.0.fail(DsmError::Peer(event));
+    }
+}

@@ -1,0 +1,58 @@
+//! What a node counted, told at the end; and its console's input.
+
+use std::sync::Arc;
+
+use krg_dsm::node::Dsm;
+use serde_json::json;
+
+use super::{NodeOutput, NodeSpec};
+use crate::machine::Machine;
+
+/// Types on the console. What the UART has no room for is lost, as on a real line without flow
+/// control, but not before it had some time to drain.
+pub(super) fn type_in(machine: &Machine, bytes: &[u8]) {
+    let mut rest = bytes;
+    for _ in 0..200 {
+        rest = &rest[machine.type_in(rest)..];
+        if rest.is_empty() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    tracing::warn!("the guest doesn't read its console: {} typed bytes dropped", rest.len());
+}
+
+/// Tells this node's counters.
+pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, output: &Arc<dyn NodeOutput>) {
+    let own = spec.placement.hosts.get(spec.node).map(|h| h.vcpus.as_slice()).unwrap_or_default();
+    let all = (0..spec.placement.cpus()).filter_map(|v| machine.statistics(v));
+    let (mut sent, mut received) = (0, 0);
+    for s in all {
+        sent += s.sent;
+        received += s.received;
+    }
+    let exits: u64 = own.iter().filter_map(|v| machine.statistics(*v)).map(|s| s.exits()).sum();
+    let name = spec.host_names.get(spec.node).map(String::as_str).unwrap_or("this host");
+    let mut line = format!("node {} ({name}): {exits} vCPU exits, remote interrupts {sent} out {received} in", spec.node);
+    let mut figures = json!({"event": "counters", "node": spec.node, "host": name, "vcpu_exits": exits,
+        "remote_interrupts_out": sent, "remote_interrupts_in": received});
+    if let Some((c, replicas)) = dsm.and_then(Dsm::counters) {
+        let (mut messages, mut bytes) = (0, 0);
+        for peer in (0..spec.placement.hosts.len()).filter(|p| *p != spec.node) {
+            let total = dsm.map(|d| d.traffic(peer).total()).unwrap_or_default();
+            messages += total.frames_out;
+            bytes += total.bytes_out;
+        }
+        line += &format!(
+            "; faults: {} read, {} write, {} upgrade ({} of them zero pages), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
+             page tables: {replicas} replicated, {} promoted, {} demoted, {} words merged in {} flushes, {} conflicts",
+            c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.stale_faults, c.pages_in, c.pages_out,
+            messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.conflicts
+        );
+        figures["dsm"] = json!(c);
+        figures["replicas"] = json!(replicas);
+        figures["messages_out"] = json!(messages);
+        figures["bytes_out"] = json!(bytes);
+    }
+    output.event(&line, figures);
+}

@@ -1,0 +1,48 @@
+//! A machine on one host: ordinary memory, no protocol.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use krg_dsm::memory::GuestRam;
+
+use super::fabric::Alone;
+use super::{Console, Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, report};
+use crate::machine::layout::ram_ranges;
+use crate::machine::{Machine, MachineConfig};
+
+pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn NodeOutput>) -> Result<NodeEnd, String> {
+    let ranges: Vec<_> = ram_ranges(spec.placement.memory()).iter().map(|r| (r.start, r.end - r.start)).collect();
+    let ram = GuestRam::new(&ranges, false).map_err(|e| e.to_string())?;
+    let (ends, ended) = channel();
+    let (happen, happenings) = channel();
+    let config = MachineConfig {
+        placement: spec.placement.clone(),
+        node: 0,
+        tsc_khz: spec.tsc_khz,
+        cpuid: spec.cpuid.clone(),
+        console: Box::new(Console(Arc::clone(output))),
+        ends,
+    };
+    let machine = Machine::new(config, ram.memory().clone(), Arc::new(Alone)).map_err(|e| e.to_string())?;
+    let booted = boot::load(spec, ram.memory(), machine.tsc_khz())?;
+    output.event(&booted.line, serde_json::json!({"event": "boot", "what": booted.line}));
+    let pci = devices::make(spec, booted.disks, ram.memory(), &machine)?;
+    machine.attach(pci.clone());
+    machine.set_entry(&booted.loaded.entry).map_err(|e| e.to_string())?;
+    forward(input, happen.clone(), Happening::Input);
+    forward(ended, happen, Happening::Machine);
+    machine.run().map_err(|e| e.to_string())?;
+    let end = loop {
+        match happenings.recv() {
+            Ok(Happening::Input(NodeInput::Console(bytes))) => report::type_in(&machine, &bytes),
+            Ok(Happening::Input(NodeInput::Stop(why))) => break NodeEnd::Stopped(why),
+            Ok(Happening::Machine(end)) => break end_of(end),
+            Ok(_) => {}
+            Err(_) => break NodeEnd::Stopped("the front end is gone".into()),
+        }
+    };
+    machine.stop();
+    pci.0.stop();
+    report::counters(spec, &machine, None, output);
+    Ok(end)
+}
