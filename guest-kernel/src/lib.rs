@@ -9,6 +9,8 @@ mod filesystem;
 mod find;
 mod image;
 pub mod kernel;
+#[cfg(feature = "micro")]
+pub mod micro;
 mod partition;
 
 pub use find::{BootFiles, FindError, find};
