@@ -235,7 +235,8 @@ mod tests {
         let sink = Screen::default();
         let com1 = Com1::new(Box::new(sink.clone()));
         assert!(!com1.write(0, b'h'));
-        com1.write(1, 2);
+        assert!(com1.write(1, 2), "the transmitter is empty");
+        assert_eq!(com1.read(2).0 & 2, 2);
         assert!(com1.write(0, b'i'));
         assert_eq!(*sink.0.lock().unwrap(), b"hi");
     }
