@@ -16,7 +16,7 @@ use crate::node::{NodeEnd, NodeInput};
 
 /// How long the other nodes may take to report after a loss or failure. With the silence that
 /// shows a loss it stays under 5 s.
-const LOSS_SETTLE: Duration = Duration::from_millis(400);
+const LOSS_SETTLE: Duration = Duration::from_millis(300);
 /// How long node 0 may take to write out its disks after another node saw the guest end.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
 /// How long a node may take beyond its own limit to say that it stopped.

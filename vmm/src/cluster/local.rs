@@ -137,7 +137,7 @@ mod tests {
     fn loopback_is_here_and_a_documentation_address_is_not() {
         assert!(is_local("127.0.0.1".parse().unwrap()));
         assert!(is_local("127.1.2.3".parse().unwrap()));
-        assert!(!is_local("192.0.2.1".parse().unwrap()));
+        assert!(!is_local("198.51.100.1".parse().unwrap()));
     }
 
     #[test]
