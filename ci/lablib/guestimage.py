@@ -45,7 +45,7 @@ MASKED = ["systemd-logind.service", "getty-static.service", "getty@tty1.service"
           "systemd-ask-password-wall.path", "proc-sys-fs-binfmt_misc.automount", "sys-kernel-debug.mount",
           "sys-kernel-tracing.mount", "dev-hugepages.mount", "dev-mqueue.mount", "modprobe@configfs.service",
           "modprobe@dm_mod.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service",
-          "modprobe@loop.service"]
+          "modprobe@loop.service", "systemd-modules-load.service", "kmod-static-nodes.service"]
 #: Programs that systemd runs at every boot to find what this disk does not have.
 MASKED_GENERATORS = ["systemd-bless-boot-generator", "systemd-cryptsetup-generator", "systemd-gpt-auto-generator",
                      "systemd-hibernate-resume-generator", "systemd-integritysetup-generator",
