@@ -1,8 +1,11 @@
-//! Performs arbitrary accesses on a bus: configuration space, BAR, pause, save and restore.
+//! Performs arbitrary accesses on a bus: configuration space, BAR, guest memory, pause, save and
+//! restore.
 
 use std::cell::RefCell;
 
-use crate::bus::{Bus, ECAM_SLOT, WINDOW};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::bus::{Bus, ECAM_SLOT, MEMORY, WINDOW};
 
 const OP: usize = 12;
 
@@ -36,7 +39,7 @@ fn access(bus: &Bus, op: &[u8]) {
     let offset = u64::from(u32::from_le_bytes([op[2], op[3], op[4], op[5]]));
     let mut data: Vec<u8> = op[6..].iter().copied().cycle().take(width).collect();
     let root = &bus.root;
-    match op[0] % 10 {
+    match op[0] % 11 {
         0 => root.config_write(offset, &data),
         1 => root.config_read(offset, &mut data),
         2 => root.config_write(ECAM_SLOT + offset % 0x110, &data),
@@ -57,6 +60,11 @@ fn access(bus: &Bus, op: &[u8]) {
             let doorbell = root.is_doorbell(offset);
             let listed = root.doorbells().iter().any(|range| range.contains(&offset));
             assert_eq!(doorbell, listed);
+        }
+        9 => {
+            // What the device finds, wherever its queue is set up.
+            let place = GuestAddress(offset % (MEMORY as u64 - 18));
+            bus.memory.write_slice(&data, place).unwrap();
         }
         _ => {
             root.pause().unwrap();

@@ -230,7 +230,10 @@ impl PciFunction for VirtioPci {
         if let Some(at) = COMMON.contains(offset) {
             self.common_read(at, data);
         } else if ISR.contains(offset) == Some(0) {
-            data[..1].fill(self.shared.isr.swap(0, Ordering::SeqCst));
+            // An access of no bytes reads, and so clears, nothing.
+            if let Some(first) = data.first_mut() {
+                *first = self.shared.isr.swap(0, Ordering::SeqCst);
+            }
         } else if let Some(at) = DEVICE.contains(offset) {
             self.device.config_read(at, data);
         } else if let Some(at) = MSIX_TABLE.contains(offset) {

@@ -34,7 +34,7 @@ fn every_offset_and_width_of_the_bar_is_answered() {
     machine.root.config_write(SLOT + 4, &2u16.to_le_bytes());
     let bar = WINDOW.start;
     for offset in (0..0x8000u64).filter(|o| o & 0xfff < 0x80 || o & 0xfff > 0xff0) {
-        for width in 1..=16 {
+        for width in 0..=16 {
             for fill in [0xff, 0, 0x5a] {
                 let mut data = vec![fill; width];
                 let inside = offset + width as u64 <= 0x8000;
