@@ -35,6 +35,7 @@ pub(super) const MSIX_TABLE: Region = page(4);
 pub(super) const MSIX_PBA: Region = page(5);
 /// Size of the BAR in bytes: the next power of two.
 pub(super) const BAR_SIZE: u64 = 8 << 12;
+const _: () = assert!(MSIX_PBA.offset + MSIX_PBA.len <= BAR_SIZE);
 /// Distance of two queues' doorbells in bytes.
 pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
 /// Queues that have doorbells.
@@ -149,12 +150,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn regions_do_not_overlap_and_fit() {
+    fn regions_do_not_overlap() {
         let regions = [COMMON, ISR, DEVICE, NOTIFY, MSIX_TABLE, MSIX_PBA];
         for pair in regions.windows(2) {
             assert!(pair[0].offset + pair[0].len <= pair[1].offset);
         }
-        assert!(MSIX_PBA.offset + MSIX_PBA.len <= BAR_SIZE);
         assert_eq!(NOTIFY.contains(NOTIFY.offset + 5), Some(5));
         assert_eq!(NOTIFY.contains(NOTIFY.offset - 1), None);
         assert_eq!(NOTIFY.contains(NOTIFY.offset + NOTIFY.len), None);
