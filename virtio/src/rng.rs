@@ -105,9 +105,7 @@ impl VirtioDevice for Rng {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Rng(RngState {
-            version: STATE_VERSION,
-        })
+        DeviceState::Rng(RngState { version: STATE_VERSION })
     }
 
     fn restore(&self, state: &DeviceState) -> Result<()> {

@@ -171,11 +171,7 @@ impl Worker {
 
     pub(crate) fn stop(&self) {
         self.request_stop();
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             if thread.join().is_err() {
                 tracing::error!(device = %self.name, "device thread panicked");

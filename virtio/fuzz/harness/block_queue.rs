@@ -68,7 +68,10 @@ fn serve(bus: &Bus, head: &[u8], rest: &[u8]) -> u16 {
     // it rests. Had it panicked, this would fail.
     bus.root.pause().unwrap();
     let used: u16 = bus.memory.read_obj(GuestAddress(USED + 2)).unwrap();
-    assert!(used <= available.min(DESCRIPTORS as u16), "{used} of {available} chains used");
+    assert!(
+        used <= available.min(DESCRIPTORS as u16),
+        "{used} of {available} chains used"
+    );
     used
 }
 

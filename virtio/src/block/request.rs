@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use super::{MAX_RANGE_SECTORS, MAX_RANGES, SEG_MAX, SIZE_MAX};
@@ -56,12 +56,7 @@ impl Requests {
 
     /// Executes the request in `chain` and stores its status. Returns the bytes written to guest
     /// memory, for the used ring.
-    pub(super) fn execute(
-        &mut self,
-        chain: &Chain,
-        memory: &GuestMemory,
-        stop: &StopFlag,
-    ) -> Result<u32, Halt> {
+    pub(super) fn execute(&mut self, chain: &Chain, memory: &GuestMemory, stop: &StopFlag) -> Result<u32, Halt> {
         let malformed = |reason| QueueError::Chain {
             head: chain.head(),
             reason,
@@ -91,9 +86,7 @@ impl Requests {
                 chain.write(memory, 0, &id[..len])?;
                 Outcome::Done(len as u32)
             }
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-                self.ranges(chain, memory, stop, kind, data_out)?
-            }
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => self.ranges(chain, memory, stop, kind, data_out)?,
             _ => Outcome::Unsupported,
         };
         let (status, written) = match outcome {
@@ -187,10 +180,7 @@ impl Requests {
                 return Ok(Outcome::Unsupported);
             }
             let len = u64::from(sectors) * SECTOR_SIZE;
-            let Some(start) = self
-                .byte_range(sector, len)
-                .filter(|_| sectors <= MAX_RANGE_SECTORS)
-            else {
+            let Some(start) = self.byte_range(sector, len).filter(|_| sectors <= MAX_RANGE_SECTORS) else {
                 return Ok(Outcome::IoError);
             };
             stop.check()?;

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MRG_RXBUF,
 };
 
 pub use tap::{Frames, HEADER_LEN, Offloads, Tap};
@@ -131,9 +131,7 @@ impl VirtioDevice for Net {
             features,
             signals,
         } = activation;
-        let (receive, transmit) = rings
-            .into_iter()
-            .partition(|ring| ring.index() == RECEIVE_QUEUE);
+        let (receive, transmit) = rings.into_iter().partition(|ring| ring.index() == RECEIVE_QUEUE);
         for (worker, rings) in [(&self.receive, receive), (&self.transmit, transmit)] {
             worker.activate(Activation {
                 rings,
@@ -189,9 +187,7 @@ impl VirtioDevice for Net {
             return Ok(());
         }
         let reason = match state {
-            DeviceState::Net(net) if net.version == STATE_VERSION => {
-                "the guest knows another MAC address"
-            }
+            DeviceState::Net(net) if net.version == STATE_VERSION => "the guest knows another MAC address",
             _ => "it belongs to another kind or version of device",
         };
         Err(Error::bad_state(&self.name, reason))

@@ -50,8 +50,7 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open("/dev/net/tun")
             .map_err(error("cannot open /dev/net/tun"))?;
-        request.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one `struct ifreq`; `request` is one, initialised
         // in full and exclusively borrowed for the call. The descriptor is open.
         let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
@@ -84,13 +83,7 @@ impl Tap {
         .fold(0, |flags, (_, flag)| flags | flag);
         // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours. The
         // descriptor is open.
-        let done = unsafe {
-            libc::ioctl(
-                self.file.as_raw_fd(),
-                libc::TUNSETOFFLOAD,
-                libc::c_ulong::from(flags),
-            )
-        };
+        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
         check(done).map_err(|source| Error::Tap {
             name: self.name.clone(),
             step: "cannot set offloads (TUNSETOFFLOAD)",

@@ -30,10 +30,7 @@ impl DecodeMap {
     pub(super) fn find(&self, gpa: u64, len: usize) -> Option<&Decoded> {
         let end = gpa.checked_add(len as u64)?;
         let after = self.sorted.partition_point(|d| d.range.start <= gpa);
-        self.sorted[..after]
-            .iter()
-            .rev()
-            .find(|d| end <= d.range.end)
+        self.sorted[..after].iter().rev().find(|d| end <= d.range.end)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Decoded> {

@@ -86,10 +86,7 @@ impl PciFunction for HostBridge {
     fn restore(&self, state: &FunctionState) -> Result<()> {
         match state {
             FunctionState::HostBridge(config) => self.config().restore(config),
-            FunctionState::Virtio(_) => Err(Error::bad_state(
-                self.name(),
-                "it belongs to a virtio device",
-            )),
+            FunctionState::Virtio(_) => Err(Error::bad_state(self.name(), "it belongs to a virtio device")),
         }
     }
 

@@ -44,10 +44,7 @@ impl PciRoot {
     /// # Errors
     /// [`Error::BusFull`], [`Error::WindowFull`].
     pub fn add(&self, function: Arc<dyn PciFunction>) -> Result<u8> {
-        let mut functions = self
-            .functions
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         if functions.len() == MAX_DEVICES {
             return Err(Error::BusFull);
         }
@@ -102,9 +99,7 @@ impl PciRoot {
     /// Whether a write to `gpa` only rings a doorbell: the writer need not wait for it.
     pub fn is_doorbell(&self, gpa: u64) -> bool {
         let decode = self.decode.read().unwrap_or_else(PoisonError::into_inner);
-        decode
-            .find(gpa, 1)
-            .is_some_and(|d| d.doorbells.contains(&gpa))
+        decode.find(gpa, 1).is_some_and(|d| d.doorbells.contains(&gpa))
     }
 
     /// All addresses for which [`Self::is_doorbell`] holds now, for nodes that forward accesses.
@@ -197,10 +192,7 @@ impl PciRoot {
     }
 
     fn functions(&self) -> Vec<Arc<dyn PciFunction>> {
-        self.functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.functions.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The function and register of a configuration access that stays within one function.
@@ -211,10 +203,7 @@ impl PciRoot {
         if end > ECAM_SIZE || function != 0 || register + len > 1 << FUNCTION_SHIFT {
             return None;
         }
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         let function = functions.get((offset >> DEVICE_SHIFT) as usize)?;
         Some((function.clone(), register))
     }
@@ -225,10 +214,7 @@ impl PciRoot {
             let found = decode.find(gpa, len)?;
             (found.function, gpa - found.range.start)
         };
-        let functions = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         functions.get(index).map(|f| (f.clone(), offset))
     }
 
@@ -263,7 +249,13 @@ mod tests {
         let mut id = [0; 4];
         root.config_read(0, &mut id);
         assert_eq!(u32::from_le_bytes(id), 0x0008_1b36);
-        for absent in [1 << DEVICE_SHIFT, 1 << FUNCTION_SHIFT, ECAM_SIZE - 4, ECAM_SIZE, u64::MAX] {
+        for absent in [
+            1 << DEVICE_SHIFT,
+            1 << FUNCTION_SHIFT,
+            ECAM_SIZE - 4,
+            ECAM_SIZE,
+            u64::MAX,
+        ] {
             root.config_read(absent, &mut id);
             assert_eq!(id, [0xff; 4], "offset {absent:#x}");
             root.config_write(absent, &[0; 4]);

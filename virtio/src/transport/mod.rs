@@ -11,8 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use registers::{CommonState, QueueRegisters};
 
 use capabilities::{
-    COMMON, DEVICE, Function, ISR, Layout, MSIX_PBA, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER,
-    PCI_CFG_DATA,
+    COMMON, DEVICE, Function, ISR, Layout, MSIX_PBA, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER, PCI_CFG_DATA,
 };
 use registers::Registers;
 use shared::{ResetGuard, Shared};
@@ -49,11 +48,7 @@ pub struct VirtioPci {
 
 impl VirtioPci {
     /// Puts `device` on PCI. It sees `memory`; its interrupts go to `sink`.
-    pub fn new(
-        device: Box<dyn VirtioDevice>,
-        memory: Arc<GuestMemory>,
-        sink: Arc<dyn MsiSink>,
-    ) -> Self {
+    pub fn new(device: Box<dyn VirtioDevice>, memory: Arc<GuestMemory>, sink: Arc<dyn MsiSink>) -> Self {
         let queues = device.queue_sizes().len() as u16;
         // One vector a queue and one for configuration changes.
         let vectors = queues + 1;
@@ -82,11 +77,7 @@ impl VirtioPci {
     }
 
     /// Builds the queues the driver enabled. `positions`: where to go on in each; empty: start.
-    fn rings(
-        &self,
-        registers: &Registers,
-        positions: &[RingState],
-    ) -> std::result::Result<Vec<Ring>, QueueError> {
+    fn rings(&self, registers: &Registers, positions: &[RingState]) -> std::result::Result<Vec<Ring>, QueueError> {
         let event_idx = registers.event_idx();
         let mut rings = Vec::new();
         for (index, queue) in registers.queues().iter().enumerate() {
@@ -105,13 +96,7 @@ impl VirtioPci {
                 available: queue.available,
                 used: queue.used,
             };
-            rings.push(Ring::new(
-                index,
-                &layout,
-                event_idx,
-                position,
-                self.memory.clone(),
-            )?);
+            rings.push(Ring::new(index, &layout, event_idx, position, self.memory.clone())?);
         }
         Ok(rings)
     }
@@ -175,10 +160,7 @@ impl VirtioPci {
 
     /// The driver's view of the status register.
     fn status(&self, registers: &Registers) -> u8 {
-        registers.status(
-            self.shared.resetting(),
-            self.shared.needs_reset.load(Ordering::SeqCst),
-        )
+        registers.status(self.shared.resetting(), self.shared.needs_reset.load(Ordering::SeqCst))
     }
 }
 
@@ -272,10 +254,7 @@ impl PciFunction for VirtioPci {
     }
 
     fn save(&self) -> Result<FunctionState> {
-        let rings = self
-            .paused()
-            .clone()
-            .ok_or_else(|| Error::NotPaused(self.name()))?;
+        let rings = self.paused().clone().ok_or_else(|| Error::NotPaused(self.name()))?;
         let registers = self.registers();
         let needs_reset = self.shared.needs_reset.load(Ordering::SeqCst);
         Ok(FunctionState::Virtio(Box::new(VirtioPciState {

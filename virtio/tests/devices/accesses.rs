@@ -1,6 +1,5 @@
 //! Configuration space and BARs under every access a guest can make.
 
-
 use crate::driver::*;
 use krg_virtio::pci::ECAM_SIZE;
 use krg_virtio::rng::Rng;
@@ -12,7 +11,15 @@ const SLOT: u64 = 1 << 15;
 fn every_offset_and_width_of_configuration_space_is_answered() {
     let machine = machine(Rng::new("rng0").unwrap());
     let root = &machine.root;
-    let starts = [0, SLOT, SLOT + 4096 - 64, 2 * SLOT - 64, ECAM_SIZE - 64, ECAM_SIZE, u64::MAX - 300];
+    let starts = [
+        0,
+        SLOT,
+        SLOT + 4096 - 64,
+        2 * SLOT - 64,
+        ECAM_SIZE - 64,
+        ECAM_SIZE,
+        u64::MAX - 300,
+    ];
     for start in starts {
         for offset in start..start.saturating_add(300) {
             for width in 0..=9 {
@@ -117,7 +124,9 @@ fn random_numbers_come() {
 fn without_msix_the_isr_register_tells() {
     let machine = machine(Rng::new("rng0").unwrap());
     let driver = Driver::probe(&machine);
-    let capability = (0x40..0x100).step_by(4).find(|at| driver.config_u32(*at) & 0xff == 0x11);
+    let capability = (0x40..0x100)
+        .step_by(4)
+        .find(|at| driver.config_u32(*at) & 0xff == 0x11);
     machine.root.config_write(SLOT + capability.unwrap() + 2, &[0, 0]);
     driver.negotiate(VERSION_1);
     let mut queue = driver.queue(0, 64, 0x1_0000);

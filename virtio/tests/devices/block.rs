@@ -1,12 +1,11 @@
 //! virtio-blk end to end: a driver does I/O through PCI, MMIO and virtqueues.
 
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::driver::*;
-use krg_virtio::block::Block;
 use crate::ram_disk::RamDisk;
+use krg_virtio::block::Block;
 use vm_memory::{Bytes, GuestAddress};
 
 const FLUSH: u64 = 1 << 9;
@@ -64,7 +63,8 @@ impl Fixture {
         let write = if matches!(kind, T_IN | T_GET_ID) { WRITE } else { 0 };
         let status = if len == 0 { first + 2 } else { first + 1 };
         self.driver.describe(table, first, header, 16, NEXT, status);
-        self.driver.describe(table, first + 1, data, len, NEXT | write, first + 2);
+        self.driver
+            .describe(table, first + 1, data, len, NEXT | write, first + 2);
         self.driver.describe(table, first + 2, header + 32, 1, WRITE, 0);
         self.driver.offer(&mut self.queue, first);
     }
@@ -95,7 +95,10 @@ fn reads_writes_and_flushes_reach_the_disk() {
     let mut f = fixture();
     let len = 3 << 20;
     assert_eq!(f.request(T_IN, 1, DATA, len), (OK, len + 1));
-    assert_eq!(f.memory(DATA, len as usize), f.disk.bytes.lock().unwrap()[512..512 + len as usize]);
+    assert_eq!(
+        f.memory(DATA, len as usize),
+        f.disk.bytes.lock().unwrap()[512..512 + len as usize]
+    );
     let pattern: Vec<u8> = (0..8192u32).map(|i| (i * 7) as u8).collect();
     f.machine.memory.write_slice(&pattern, GuestAddress(DATA)).unwrap();
     assert_eq!(f.request(T_OUT, 100, DATA, 8192), (OK, 1));

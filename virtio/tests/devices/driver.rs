@@ -217,9 +217,7 @@ impl Driver {
             next_avail: 0,
             next_used: 0,
         };
-        self.memory
-            .write_slice(&[0; 0xc000], GuestAddress(base))
-            .unwrap();
+        self.memory.write_slice(&[0; 0xc000], GuestAddress(base)).unwrap();
         self.place(&queue);
         queue
     }

@@ -1,12 +1,11 @@
 //! What a driver must not do ends in NEEDS_RESET and nothing worse, and a reset mends it.
 
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::driver::*;
-use krg_virtio::block::Block;
 use crate::ram_disk::RamDisk;
+use krg_virtio::block::Block;
 use vm_memory::{Bytes, GuestAddress};
 
 const FEATURES: u64 = VERSION_1 | INDIRECT | 1 << 9;
@@ -68,16 +67,34 @@ fn chains() {
     let status = (false, 2, STATUS, 1, WRITE, 0);
     breaks("a loop", &[header, (false, 1, DATA, 512, NEXT, 0)]);
     breaks("a loop to itself", &[(false, 0, HEADER, 16, NEXT, 0)]);
-    breaks("a next index beyond the table", &[header, (false, 1, DATA, 512, NEXT, 16)]);
+    breaks(
+        "a next index beyond the table",
+        &[header, (false, 1, DATA, 512, NEXT, 16)],
+    );
     breaks("an empty descriptor", &[header, (false, 1, DATA, 0, NEXT, 2), status]);
     breaks("data beyond memory", &[header, (false, 1, END, 512, NEXT, 2), status]);
-    breaks("data across the end", &[header, (false, 1, END - 511, 512, NEXT, 2), status]);
-    breaks("an address that wraps", &[header, (false, 1, u64::MAX - 10, 512, NEXT, 2), status]);
+    breaks(
+        "data across the end",
+        &[header, (false, 1, END - 511, 512, NEXT, 2), status],
+    );
+    breaks(
+        "an address that wraps",
+        &[header, (false, 1, u64::MAX - 10, 512, NEXT, 2), status],
+    );
     breaks("huge data", &[header, (false, 1, 0, u32::MAX, NEXT, 2), status]);
-    breaks("a header beyond memory", &[(false, 0, END, 16, NEXT, 1), (false, 1, STATUS, 1, WRITE, 0)]);
-    breaks("readable after writable", &[(false, 0, STATUS, 1, WRITE | NEXT, 1), (false, 1, HEADER, 16, 0, 0)]);
+    breaks(
+        "a header beyond memory",
+        &[(false, 0, END, 16, NEXT, 1), (false, 1, STATUS, 1, WRITE, 0)],
+    );
+    breaks(
+        "readable after writable",
+        &[(false, 0, STATUS, 1, WRITE | NEXT, 1), (false, 1, HEADER, 16, 0, 0)],
+    );
     breaks("no status", &[header, (false, 1, DATA, 512, 0, 0)]);
-    breaks("a short header", &[(false, 0, HEADER, 15, NEXT, 1), (false, 1, STATUS, 1, WRITE, 0)]);
+    breaks(
+        "a short header",
+        &[(false, 0, HEADER, 15, NEXT, 1), (false, 1, STATUS, 1, WRITE, 0)],
+    );
     breaks_at("a head beyond the table", &[], 16);
     breaks_at("the largest head", &[], 0xffff);
 }
@@ -85,17 +102,36 @@ fn chains() {
 #[test]
 fn indirect_tables() {
     let inner = (true, 0, TABLE, 32, INDIRECT_TABLE, 0);
-    breaks("indirect in indirect", &[(false, 0, TABLE, 16, INDIRECT_TABLE, 0), inner]);
+    breaks(
+        "indirect in indirect",
+        &[(false, 0, TABLE, 16, INDIRECT_TABLE, 0), inner],
+    );
     let good = (true, 0, HEADER, 16, NEXT, 1);
     breaks(
         "indirect in indirect, later",
-        &[(false, 0, TABLE, 32, INDIRECT_TABLE, 0), good, (true, 1, TABLE, 32, INDIRECT_TABLE, 0)],
+        &[
+            (false, 0, TABLE, 32, INDIRECT_TABLE, 0),
+            good,
+            (true, 1, TABLE, 32, INDIRECT_TABLE, 0),
+        ],
     );
     breaks("an empty table", &[(false, 0, TABLE, 0, INDIRECT_TABLE, 0)]);
-    breaks("a table of odd length", &[(false, 0, TABLE, 33, INDIRECT_TABLE, 0), good]);
+    breaks(
+        "a table of odd length",
+        &[(false, 0, TABLE, 33, INDIRECT_TABLE, 0), good],
+    );
     breaks("a table beyond memory", &[(false, 0, END, 32, INDIRECT_TABLE, 0)]);
-    breaks("a huge table", &[(false, 0, TABLE, 0xffff_fff0, INDIRECT_TABLE, 0), good]);
-    breaks("a loop in a table", &[(false, 0, TABLE, 0xf_fff0, INDIRECT_TABLE, 0), (true, 0, DATA, 1, NEXT, 0)]);
+    breaks(
+        "a huge table",
+        &[(false, 0, TABLE, 0xffff_fff0, INDIRECT_TABLE, 0), good],
+    );
+    breaks(
+        "a loop in a table",
+        &[
+            (false, 0, TABLE, 0xf_fff0, INDIRECT_TABLE, 0),
+            (true, 0, DATA, 1, NEXT, 0),
+        ],
+    );
     breaks("a table too short", &[(false, 0, TABLE, 16, INDIRECT_TABLE, 0), good]);
 }
 

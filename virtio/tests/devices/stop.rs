@@ -120,7 +120,11 @@ fn what_was_not_begun_before_a_stop_is_never_written() {
         b.go_on.send(()).unwrap();
     }
     b.machine.root.stop();
-    assert_eq!(b.disk.ram.writes.load(Ordering::SeqCst), 1, "the one that was in the disk");
+    assert_eq!(
+        b.disk.ram.writes.load(Ordering::SeqCst),
+        1,
+        "the one that was in the disk"
+    );
     b.driver.used(&mut b.queue);
     assert_eq!(b.driver.used(&mut b.queue), None, "the others are not completed");
 }
