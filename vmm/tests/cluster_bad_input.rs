@@ -92,10 +92,10 @@ fn a_hosts_file_that_can_not_work() {
     fs::write(&secret, [b'x'; 32]).unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
     let with_secret = ["--secret-file", secret.to_str().unwrap()];
-    let (status, line) = place.nodes("192.0.2.1\n", &with_secret);
+    let (status, line) = place.nodes("198.51.100.1\n", &with_secret);
     assert!(status == 1 && line.starts_with("krg-vmm: no line of the hosts file is an address of this machine"), "{line}");
-    let (status, line) = place.nodes("127.0.0.1\n192.0.2.1\n", &with_secret);
-    assert!(status == 1 && line.starts_with("krg-vmm: host 127.0.0.1 can't be reached from host 192.0.2.1"), "{line}");
+    let (status, line) = place.nodes("127.0.0.1\n198.51.100.1\n", &with_secret);
+    assert!(status == 1 && line.starts_with("krg-vmm: host 127.0.0.1 can't be reached from host 198.51.100.1"), "{line}");
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1 disk=/x\n", &[]);
     assert!(status == 1 && line.starts_with("krg-vmm: host 127.0.0.1: disk= is possible only on node 0"), "{line}");
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1 mem=900T\n", &[]);
@@ -176,12 +176,85 @@ fn a_port_that_something_else_has() {
     answering.join().unwrap();
 }
 
+/// In a network of its own, with one host that answers nobody, and without rights to KVM.
+#[test]
+fn hosts_that_can_not_be_had() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("needs root: network namespaces");
+        return;
+    }
+    let place = Place::new();
+    fs::write(place.path("secret"), [b'x'; 32]).unwrap();
+    fs::set_permissions(place.path("secret"), fs::Permissions::from_mode(0o600)).unwrap();
+    let network = "ip link set lo up && ip link add d0 type veth peer name d1 && ip addr add 10.99.0.1/24 dev d0 \
+                   && ip link set d0 up && ip link set d1 up && ip neigh add 10.99.0.2 lladdr 02:00:00:00:00:09 dev d0 \
+                   && ip route add unreachable 10.98.0.1 && exec \"$0\" \"$@\"";
+    let krg = |hosts: &str| {
+        fs::write(place.path("hosts.txt"), hosts).unwrap();
+        let output = Command::new("unshare")
+            .args(["-n", "sh", "-c", network, env!("CARGO_BIN_EXE_krg-vmm")])
+            .args(["--nodes", "hosts.txt", "guest.img", "--secret-file", "secret"])
+            .current_dir(place.0.as_path())
+            .env("HOME", place.0.as_path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(no_nodes_of(place.0.as_path()), "a node was left behind");
+        (output.status.code(), last_line(&output))
+    };
+    let (status, line) = krg("10.99.0.1\n10.99.0.2\n");
+    assert_eq!((status, line.as_str()), (Some(1), "krg-vmm: host 10.99.0.2: unreachable: ETIMEDOUT (connection timed out)"));
+    let (status, line) = krg("10.99.0.1\n10.98.0.1:700\n");
+    assert_eq!((status, line.as_str()), (Some(1), "krg-vmm: host 10.98.0.1:700: unreachable: EHOSTUNREACH (no route to host)"));
+    let (status, line) = krg("10.99.0.1\n10.98.0.1\n10.98.0.1:700\nnbmin=2\n");
+    assert_eq!(status, Some(1));
+    assert_eq!(
+        line,
+        "krg-vmm: only 1 of the 2 hosts that nbmin asks for can be reached; \
+         host 10.98.0.1: unreachable: EHOSTUNREACH (no route to host)"
+    );
+}
+
+#[test]
+fn a_host_without_rights_to_kvm() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("needs root: becomes a user without rights");
+        return;
+    }
+    let place = Place::new();
+    fs::set_permissions(place.0.as_path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // Where the user may read it.
+    fs::copy(env!("CARGO_BIN_EXE_krg-vmm"), place.path("krg-vmm")).unwrap();
+    fs::write(place.path("hosts.txt"), "127.0.0.1\n127.0.0.1\n").unwrap();
+    let device = fs::metadata("/dev/kvm").map(|metadata| metadata.permissions().mode() & 0o7);
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(place.path("krg-vmm"))
+        .args(["--nodes", "hosts.txt", "guest.img"])
+        .current_dir(place.0.as_path())
+        .env("HOME", place.0.as_path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let line = last_line(&output);
+    assert_eq!(output.status.code(), Some(1));
+    match device {
+        Ok(0) => assert_eq!(
+            line,
+            "krg-vmm: host 127.0.0.1: /dev/kvm: EACCES (permission denied); run the node as root or as a member of group kvm"
+        ),
+        Ok(_) => assert!(line.starts_with("krg-vmm: host 127.0.0.1: userfaultfd"), "{line}"),
+        Err(_) => assert!(line.starts_with("krg-vmm: host 127.0.0.1: /dev/kvm: ENOENT"), "{line}"),
+    }
+    assert!(no_nodes_of(place.0.as_path()), "a node was left behind");
+}
+
 #[test]
 fn listening_on_what_is_not_ours() {
     let place = Place::new();
     fs::write(place.path("secret"), [b'x'; 32]).unwrap();
     fs::set_permissions(place.path("secret"), fs::Permissions::from_mode(0o600)).unwrap();
-    let output = place.krg(&["node", "--listen", "192.0.2.1:7000", "--secret-file", "secret"]);
+    let output = place.krg(&["node", "--listen", "198.51.100.1:7000", "--secret-file", "secret"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(last_line(&output).starts_with("krg-vmm: can't listen on 192.0.2.1:7000: EADDRNOTAVAIL"), "{output:?}");
+    assert!(last_line(&output).starts_with("krg-vmm: can't listen on 198.51.100.1:7000: EADDRNOTAVAIL"), "{output:?}");
 }
