@@ -76,6 +76,13 @@ impl Bus {
     }
 
     fn port_write(&self, port: u64, size: u8, value: u64) {
+        // Only a byte access reaches a reset port: 0xcf9 lies within the doubleword 0xcf8, to which
+        // Linux writes PCI configuration addresses.
+        if let (1, Ok(port)) = (size, u16::try_from(port)) {
+            if let Some(end) = power::port_write(port, value as u8) {
+                return self.end(end);
+            }
+        }
         for i in 0..size {
             let byte = (value >> (8 * i)) as u8;
             let Ok(port) = u16::try_from(port.wrapping_add(i.into())) else {
@@ -86,8 +93,6 @@ impl Bus {
                 self.console_interrupt(interrupt);
             } else if port == INDEX_PORT {
                 self.rtc.select(byte);
-            } else if let Some(end) = power::port_write(port, byte) {
-                self.end(end);
             }
         }
     }

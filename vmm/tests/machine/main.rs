@@ -160,6 +160,8 @@ fn power_registers_and_ports_answer_any_peer() {
             access(Space::Memory, address, size, Direction::Posted(0));
         }
     }
+    // A PCI configuration address, not a reset.
+    access(Space::Port, 0xcf8, 4, Direction::Write(0x8000_0600));
     assert!(cluster.ends.try_recv().is_err());
     access(Space::Memory, 0xfed0_0000, 1, Direction::Write(0x34));
     assert_eq!(cluster.ends.try_recv(), Ok(End::PowerOff));
