@@ -1,0 +1,230 @@
+//! Two and three nodes in one process: real userfaultfds, real TCP, host threads as the guest.
+
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Duration;
+
+use krg_dsm::memory::GuestRam;
+use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::transport::{Config, TcpTransport, Transport};
+
+const PAGES: u64 = 64;
+
+#[derive(Default)]
+struct Guest {
+    messages: Mutex<Vec<(usize, Vec<u8>)>>,
+    errors: Mutex<Vec<DsmError>>,
+}
+
+impl Client for Guest {
+    fn machine(&self, from: usize, bytes: &[u8]) {
+        self.messages.lock().unwrap().push((from, bytes.to_vec()));
+    }
+    fn setup(&self, _: usize, _: &[u8]) {}
+    fn roots(&self) -> Vec<u64> {
+        Vec::new()
+    }
+    fn failed(&self, error: DsmError) {
+        self.errors.lock().unwrap().push(error);
+    }
+}
+
+struct Node {
+    dsm: Arc<Dsm>,
+    transport: Arc<TcpTransport>,
+    guest: Arc<Guest>,
+}
+
+impl Node {
+    fn word(&self, page: u32, word: usize) -> &AtomicU64 {
+        &self.dsm.ram().words(page).unwrap()[word]
+    }
+}
+
+/// A full mesh of loopback connections: `streams[i][j]` is node i's end to node j.
+fn mesh(nodes: usize) -> Vec<Vec<Option<TcpStream>>> {
+    let mut streams: Vec<Vec<Option<TcpStream>>> = (0..nodes).map(|_| (0..nodes).map(|_| None).collect()).collect();
+    for a in 0..nodes {
+        for b in a + 1..nodes {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+            streams[b][a] = Some(listener.accept().unwrap().0);
+        }
+    }
+    streams
+}
+
+fn cluster(nodes: usize) -> Vec<Node> {
+    let share = PAGES / nodes as u64 * 4096;
+    let shares: Vec<u64> = (0..nodes as u64)
+        .map(|n| {
+            if n + 1 == nodes as u64 {
+                PAGES * 4096 - share * n
+            } else {
+                share
+            }
+        })
+        .collect();
+    let made = mesh(nodes).into_iter().enumerate().map(|(me, peers)| {
+        let ram = Arc::new(GuestRam::new(&[(0, PAGES * 4096)], true).unwrap());
+        let transport = Arc::new(TcpTransport::new(peers, Config::default()).unwrap());
+        let guest = Arc::new(Guest::default());
+        let dsm = Dsm::new(me, ram, transport.clone());
+        transport.start(dsm.handler(guest.clone())).unwrap();
+        let start = Start {
+            me,
+            shares: shares.clone(),
+            preloaded: vec![],
+            image: 0..0,
+            replicate: true,
+            bug: None,
+        };
+        dsm.start(start).unwrap();
+        Node { dsm, transport, guest }
+    });
+    made.collect()
+}
+
+fn stop(nodes: &[Node]) {
+    for node in nodes {
+        assert_eq!(*node.guest.errors.lock().unwrap(), []);
+    }
+    for node in nodes {
+        node.dsm.stop();
+        node.transport.shutdown();
+    }
+}
+
+#[test]
+fn no_increment_is_lost_between_three_nodes() {
+    let nodes = cluster(3);
+    std::thread::scope(|scope| {
+        for node in &nodes {
+            for page in [0, 30, 63] {
+                scope.spawn(move || {
+                    (0..300).for_each(|_| {
+                        node.word(page, 7).fetch_add(1, SeqCst);
+                    })
+                });
+            }
+        }
+    });
+    for page in [0, 30, 63] {
+        assert_eq!(
+            nodes.iter().map(|n| n.word(page, 7).load(SeqCst)).collect::<Vec<_>>(),
+            [900; 3]
+        );
+    }
+    stop(&nodes);
+}
+
+#[test]
+fn store_buffering_and_message_passing_hold_between_two_nodes() {
+    let nodes = cluster(2);
+    let (x, y) = (3, 40);
+    for round in 1..=300 {
+        let barrier = Barrier::new(2);
+        let seen: Vec<u64> = std::thread::scope(|scope| {
+            let run = |node: usize, mine: u32, theirs: u32| {
+                let (nodes, barrier) = (&nodes, &barrier);
+                scope.spawn(move || {
+                    barrier.wait();
+                    nodes[node].word(mine, 0).store(round, SeqCst);
+                    nodes[node].word(theirs, 0).load(SeqCst)
+                })
+            };
+            let threads = [run(0, x, y), run(1, y, x)];
+            threads.map(|t| t.join().unwrap()).to_vec()
+        });
+        assert!(
+            seen.contains(&round),
+            "both loads missed both stores in round {round}: {seen:?}"
+        );
+    }
+    stop(&nodes);
+}
+
+#[test]
+fn reads_share_a_page_and_move_no_ownership() {
+    let nodes = cluster(3);
+    nodes[0].word(50, 0).store(1, SeqCst);
+    for node in &nodes {
+        assert_eq!(node.word(50, 0).load(SeqCst), 1);
+    }
+    let before: Vec<_> = nodes.iter().map(|n| n.dsm.counters().unwrap().0).collect();
+    for node in &nodes {
+        assert_eq!(node.word(50, 0).load(SeqCst), 1);
+    }
+    let after: Vec<_> = nodes.iter().map(|n| n.dsm.counters().unwrap().0).collect();
+    assert_eq!(before, after, "a page that is here faults no more");
+    // The owner's next write invalidates two copies in one round, and moves no data.
+    nodes[0].word(50, 0).store(2, SeqCst);
+    let written: Vec<_> = nodes.iter().map(|n| n.dsm.counters().unwrap().0).collect();
+    assert_eq!(written[0].upgrade_faults, after[0].upgrade_faults + 1);
+    assert_eq!(
+        written[1].invalidations + written[2].invalidations,
+        after[1].invalidations + after[2].invalidations + 2
+    );
+    assert_eq!(
+        written.iter().map(|c| c.pages_in).sum::<u64>(),
+        after.iter().map(|c| c.pages_in).sum::<u64>()
+    );
+    stop(&nodes);
+}
+
+#[test]
+fn a_page_nobody_wrote_costs_no_data() {
+    let nodes = cluster(2);
+    for page in 0..PAGES as u32 {
+        assert_eq!(nodes[1].word(page, 0).load(SeqCst), 0);
+    }
+    let counters = nodes[1].dsm.counters().unwrap().0;
+    assert_eq!((counters.zero_grants, counters.pages_in), (PAGES, 0));
+    assert!(nodes[0].transport.count(1).total().bytes_out < PAGES * 64);
+    stop(&nodes);
+}
+
+#[test]
+fn machine_messages_arrive_behind_the_writes_before_them_and_in_order() {
+    let nodes = cluster(2);
+    for n in 0..500u64 {
+        nodes[0].word(9, 0).store(n, SeqCst);
+        nodes[0].dsm.send(1, n.to_le_bytes().to_vec());
+    }
+    let limit = std::time::Instant::now() + Duration::from_secs(20);
+    while nodes[1].guest.messages.lock().unwrap().len() < 500 {
+        assert!(std::time::Instant::now() < limit, "messages are missing");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let messages = std::mem::take(&mut *nodes[1].guest.messages.lock().unwrap());
+    assert!(
+        messages
+            .iter()
+            .enumerate()
+            .all(|(n, m)| *m == (0, (n as u64).to_le_bytes().to_vec()))
+    );
+    assert_eq!(nodes[1].word(9, 0).load(SeqCst), 499);
+    stop(&nodes);
+}
+
+#[test]
+fn a_lost_peer_is_told_once_and_stopping_lets_everybody_go() {
+    let nodes = cluster(2);
+    // Homed at node 1, owned by it.
+    nodes[1].word(60, 0).store(5, SeqCst);
+    nodes[1].transport.shutdown();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| nodes[0].word(60, 0).load(SeqCst));
+        let limit = std::time::Instant::now() + Duration::from_secs(5);
+        while nodes[0].guest.errors.lock().unwrap().is_empty() {
+            assert!(std::time::Instant::now() < limit, "the loss was not told");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        nodes[0].dsm.stop();
+        assert_eq!(waiting.join().unwrap(), 0, "let go, with zeros");
+    });
+    assert_eq!(nodes[0].guest.errors.lock().unwrap().len(), 1);
+    nodes[0].transport.shutdown();
+    nodes[1].dsm.stop();
+}
