@@ -137,9 +137,16 @@ impl Guest {
             nodes: self.nodes,
             disks: self.image.into_iter().chain(self.disk).collect(),
             persist: self.persist,
-            request: Request { cpus: self.cpus, memory: self.memory },
+            request: Request {
+                cpus: self.cpus,
+                memory: self.memory,
+            },
             name: self.name,
-            boot: BootSpec { kernel: self.kernel, initrd: self.initrd, append: self.append },
+            boot: BootSpec {
+                kernel: self.kernel,
+                initrd: self.initrd,
+                append: self.append,
+            },
             net: self.net,
             api: self.api,
             page_tables: match self.page_tables {

@@ -16,12 +16,7 @@ use krg_vmm::cluster::message::{FromNode, ToNode};
 use krg_vmm::cluster::secret::Secret;
 use krg_vmm::node::{NodeEnd, NodeInput, NodeOutput, NodeSpec};
 
-fn no_machine(
-    _: NodeSpec,
-    _: Vec<Option<TcpStream>>,
-    _: Receiver<NodeInput>,
-    _: Arc<dyn NodeOutput>,
-) -> NodeEnd {
+fn no_machine(_: NodeSpec, _: Vec<Option<TcpStream>>, _: Receiver<NodeInput>, _: Arc<dyn NodeOutput>) -> NodeEnd {
     NodeEnd::PowerOff
 }
 
@@ -39,7 +34,11 @@ impl Node {
     fn start() -> Self {
         let daemon = Daemon::bind("127.0.0.1:0".parse().unwrap(), secret(1), Arc::new(no_machine)).unwrap();
         let (address, handle) = (daemon.address(), daemon.handle());
-        Self { address, handle, thread: Some(thread::spawn(move || daemon.serve().unwrap())) }
+        Self {
+            address,
+            handle,
+            thread: Some(thread::spawn(move || daemon.serve().unwrap())),
+        }
     }
 
     fn connect(&self) -> TcpStream {
@@ -51,9 +50,16 @@ impl Node {
     /// A friend gets in and hears an offer.
     fn works(&self) {
         let link = Link::<ToNode, FromNode>::new(self.dial(&secret(1)).unwrap()).unwrap();
-        link.send(ToNode::Hello { software: "1".into(), machine: "m".into() }).unwrap();
+        link.send(ToNode::Hello {
+            software: "1".into(),
+            machine: "m".into(),
+        })
+        .unwrap();
         let offer = link.receive(Duration::from_secs(10));
-        assert!(matches!(offer, Some(Incoming::Message(FromNode::Offer(_)))), "{offer:?}");
+        assert!(
+            matches!(offer, Some(Incoming::Message(FromNode::Offer(_)))),
+            "{offer:?}"
+        );
     }
 
     fn dial(&self, secret: &Secret) -> Result<TcpStream, DialError> {
@@ -86,7 +92,11 @@ fn the_right_secret_gets_in_and_a_wrong_one_does_not() {
 #[test]
 fn a_peer_needs_a_session() {
     let node = Node::start();
-    let role = Role::Peer { from: 1, to: 0, session: [0; 32] };
+    let role = Role::Peer {
+        from: 1,
+        to: 0,
+        session: [0; 32],
+    };
     // Not even with the cluster's secret.
     assert!(handshake::dial(node.address, role, &secret(1)).is_err());
     assert!(handshake::dial(node.address, role, &secret(1).peer_key(&[0; 32])).is_err());
@@ -108,7 +118,11 @@ fn garbage_hears_nothing_and_breaks_nothing() {
 fn version_skew_is_told_to_both_sides_and_nothing_else_is() {
     let node = Node::start();
     let mut stream = node.connect();
-    let mut hello = Hello { role: Role::Control, nonce: [9; 32] }.encode();
+    let mut hello = Hello {
+        role: Role::Control,
+        nonce: [9; 32],
+    }
+    .encode();
     hello[8] = 99;
     stream.write_all(&hello).unwrap();
     let heard = rest(stream);
@@ -126,7 +140,10 @@ fn version_skew_is_told_to_both_sides_and_nothing_else_is() {
         rest(stream)
     });
     let error = handshake::dial(address, Role::Control, &secret(1)).unwrap_err();
-    assert!(matches!(error, DialError::Handshake(HandshakeError::Version { theirs: 99 })), "{error}");
+    assert!(
+        matches!(error, DialError::Handshake(HandshakeError::Version { theirs: 99 })),
+        "{error}"
+    );
     assert_eq!(serving.join().unwrap(), b"", "no proof for another version");
 }
 
@@ -140,7 +157,15 @@ fn a_proof_can_not_be_replayed_or_reflected() {
         let (mut stream, _) = impostor.accept().unwrap();
         let mut hello = [0; HELLO_SIZE];
         stream.read_exact(&mut hello).unwrap();
-        stream.write_all(&Hello { role: Role::Control, nonce: [3; 32] }.encode()).unwrap();
+        stream
+            .write_all(
+                &Hello {
+                    role: Role::Control,
+                    nonce: [3; 32],
+                }
+                .encode(),
+            )
+            .unwrap();
         let mut proof = [0; 32];
         stream.read_exact(&mut proof).unwrap();
         (hello, proof)
@@ -162,7 +187,11 @@ fn half_open_and_slow_connections_end_in_time_and_keep_nobody_out() {
     let silent: Vec<_> = (0..100).map(|_| node.connect()).collect();
     node.works();
     let mut slow = node.connect();
-    let hello = Hello { role: Role::Control, nonce: [1; 32] }.encode();
+    let hello = Hello {
+        role: Role::Control,
+        nonce: [1; 32],
+    }
+    .encode();
     let dripping = thread::spawn(move || {
         for byte in hello {
             if slow.write_all(&[byte]).is_err() {
@@ -190,11 +219,21 @@ fn nonsense_after_the_handshake_ends_only_that_session() {
         rest(stream);
     }
     let link = Link::<ToNode, FromNode>::new(node.dial(&secret(1)).unwrap()).unwrap();
-    link.send(ToNode::Hello { software: "1".into(), machine: "m".into() }).unwrap();
-    assert!(matches!(link.receive(HANDSHAKE_LIMIT), Some(Incoming::Message(FromNode::Offer(_)))));
+    link.send(ToNode::Hello {
+        software: "1".into(),
+        machine: "m".into(),
+    })
+    .unwrap();
+    assert!(matches!(
+        link.receive(HANDSHAKE_LIMIT),
+        Some(Incoming::Message(FromNode::Offer(_)))
+    ));
     link.send(ToNode::Start).unwrap();
     let refused = link.receive(HANDSHAKE_LIMIT);
-    assert!(matches!(&refused, Some(Incoming::Message(FromNode::Refused(line))) if line.contains("Start out of turn")), "{refused:?}");
+    assert!(
+        matches!(&refused, Some(Incoming::Message(FromNode::Refused(line))) if line.contains("Start out of turn")),
+        "{refused:?}"
+    );
     drop(link);
     node.works();
 }
@@ -203,12 +242,28 @@ fn nonsense_after_the_handshake_ends_only_that_session() {
 fn a_second_front_end_is_told_who_has_the_node() {
     let node = Node::start();
     let first = Link::<ToNode, FromNode>::new(node.dial(&secret(1)).unwrap()).unwrap();
-    first.send(ToNode::Hello { software: "1".into(), machine: "alpha".into() }).unwrap();
-    assert!(matches!(first.receive(HANDSHAKE_LIMIT), Some(Incoming::Message(FromNode::Offer(_)))));
+    first
+        .send(ToNode::Hello {
+            software: "1".into(),
+            machine: "alpha".into(),
+        })
+        .unwrap();
+    assert!(matches!(
+        first.receive(HANDSHAKE_LIMIT),
+        Some(Incoming::Message(FromNode::Offer(_)))
+    ));
     let second = Link::<ToNode, FromNode>::new(node.dial(&secret(1)).unwrap()).unwrap();
-    second.send(ToNode::Hello { software: "1".into(), machine: "beta".into() }).unwrap();
+    second
+        .send(ToNode::Hello {
+            software: "1".into(),
+            machine: "beta".into(),
+        })
+        .unwrap();
     let refused = second.receive(HANDSHAKE_LIMIT);
-    assert!(matches!(&refused, Some(Incoming::Message(FromNode::Refused(line))) if line.contains("\"alpha\"")), "{refused:?}");
+    assert!(
+        matches!(&refused, Some(Incoming::Message(FromNode::Refused(line))) if line.contains("\"alpha\"")),
+        "{refused:?}"
+    );
     drop(first);
     // The node notices at once; its thread needs a moment.
     thread::sleep(Duration::from_millis(300));

@@ -46,23 +46,35 @@ impl Place {
 /// Whether no process runs in `directory`: nodes inherit it from their front end.
 fn no_nodes_of(directory: &Path) -> bool {
     let processes = fs::read_dir("/proc").unwrap().flatten();
-    !processes.into_iter().any(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == directory))
+    !processes
+        .into_iter()
+        .any(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == directory))
 }
 
 fn last_line(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned()
+    String::from_utf8_lossy(&output.stderr)
+        .lines()
+        .last()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[test]
 fn a_hosts_file_that_is_none() {
     let place = Place::new();
     let output = place.krg(&["--nodes", "missing.txt", "guest.img"]);
-    assert_eq!(last_line(&output), "krg-vmm: missing.txt: ENOENT (no such file or directory)");
+    assert_eq!(
+        last_line(&output),
+        "krg-vmm: missing.txt: ENOENT (no such file or directory)"
+    );
     assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
     assert_eq!(output.status.code(), Some(1));
     for (hosts, line) in [
         ("", "krg-vmm: hosts.txt: no host in it: write one address a line"),
-        ("# only\n", "krg-vmm: hosts.txt: no host in it: write one address a line"),
+        (
+            "# only\n",
+            "krg-vmm: hosts.txt: no host in it: write one address a line",
+        ),
         (
             "127.0.0.1\nno/host\n",
             "krg-vmm: hosts.txt: line 2: \"no/host\": neither an IP address nor a name in /etc/hosts (DNS is not asked)",
@@ -79,7 +91,10 @@ fn a_hosts_file_that_is_none() {
             "127.0.0.1:7001\n127.0.0.1:7001\n",
             "krg-vmm: hosts.txt: line 2: 127.0.0.1:7001 is already on line 1: a host takes part once",
         ),
-        ("127.0.0.1\nnbmin=2\n", "krg-vmm: hosts.txt: line 2: nbmin=2, but the file has 1 host(s)"),
+        (
+            "127.0.0.1\nnbmin=2\n",
+            "krg-vmm: hosts.txt: line 2: nbmin=2, but the file has 1 host(s)",
+        ),
     ] {
         assert_eq!(place.nodes(hosts, &[]), (1, line.into()));
     }
@@ -93,27 +108,51 @@ fn a_hosts_file_that_can_not_work() {
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
     let with_secret = ["--secret-file", secret.to_str().unwrap()];
     let (status, line) = place.nodes("198.51.100.1\n", &with_secret);
-    assert!(status == 1 && line.starts_with("krg-vmm: no line of the hosts file is an address of this machine"), "{line}");
+    assert!(
+        status == 1 && line.starts_with("krg-vmm: no line of the hosts file is an address of this machine"),
+        "{line}"
+    );
     let (status, line) = place.nodes("127.0.0.1\n198.51.100.1\n", &with_secret);
-    assert!(status == 1 && line.starts_with("krg-vmm: host 127.0.0.1 can't be reached from host 198.51.100.1"), "{line}");
+    assert!(
+        status == 1 && line.starts_with("krg-vmm: host 127.0.0.1 can't be reached from host 198.51.100.1"),
+        "{line}"
+    );
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1 disk=/x\n", &[]);
-    assert!(status == 1 && line.starts_with("krg-vmm: host 127.0.0.1: disk= is possible only on node 0"), "{line}");
+    assert!(
+        status == 1 && line.starts_with("krg-vmm: host 127.0.0.1: disk= is possible only on node 0"),
+        "{line}"
+    );
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1 mem=900T\n", &[]);
     assert!(status == 1 && line.contains("of guest memory needed"), "{line}");
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1\n", &["--cpus", "1"]);
-    assert_eq!((status, line.as_str()), (1, "krg-vmm: 1 vCPUs over 2 hosts: every host needs at least one"));
+    assert_eq!(
+        (status, line.as_str()),
+        (1, "krg-vmm: 1 vCPUs over 2 hosts: every host needs at least one")
+    );
     let (status, line) = place.nodes("127.0.0.1\n127.0.0.1\n", &["--memory", "1M"]);
-    assert_eq!((status, line.as_str()), (1, "krg-vmm: 1 MiB of guest memory over 2 hosts: each needs at least 128 MiB"));
+    assert_eq!(
+        (status, line.as_str()),
+        (
+            1,
+            "krg-vmm: 1 MiB of guest memory over 2 hosts: each needs at least 128 MiB"
+        )
+    );
 }
 
 #[test]
 fn secrets_that_are_none() {
     let place = Place::new();
     let (status, line) = place.nodes("127.0.0.1\n", &["--secret-file", "none"]);
-    assert_eq!((status, line.as_str()), (1, "krg-vmm: secret file none: ENOENT (no such file or directory)"));
+    assert_eq!(
+        (status, line.as_str()),
+        (1, "krg-vmm: secret file none: ENOENT (no such file or directory)")
+    );
     fs::write(place.path("short"), "short").unwrap();
     let (_, line) = place.nodes("127.0.0.1\n", &["--secret-file", "short"]);
-    assert!(line.contains("others may read it") && line.contains("chmod 600"), "{line}");
+    assert!(
+        line.contains("others may read it") && line.contains("chmod 600"),
+        "{line}"
+    );
     fs::set_permissions(place.path("short"), fs::Permissions::from_mode(0o600)).unwrap();
     let (_, line) = place.nodes("127.0.0.1\n", &["--secret-file", "short"]);
     assert!(line.contains("5 bytes, at least 32 are needed"), "{line}");
@@ -136,9 +175,15 @@ fn images_that_are_none() {
         assert_eq!((output.status.code(), last_line(&output)), (Some(1), line.into()));
     }
     let output = place.krg(&["guest.img", "--disk", "none.img"]);
-    assert_eq!(last_line(&output), "krg-vmm: none.img: ENOENT (no such file or directory)");
+    assert_eq!(
+        last_line(&output),
+        "krg-vmm: none.img: ENOENT (no such file or directory)"
+    );
     let output = place.krg(&["--kernel", "vmlinuz"]);
-    assert_eq!(last_line(&output), "krg-vmm: vmlinuz: ENOENT (no such file or directory)");
+    assert_eq!(
+        last_line(&output),
+        "krg-vmm: vmlinuz: ENOENT (no such file or directory)"
+    );
     let output = place.krg(&["--json", "none.img"]);
     let event: serde_json::Value = serde_json::from_str(&last_line(&output)).unwrap();
     assert_eq!((&event["event"], &event["status"]), (&"error".into(), &1.into()));
@@ -172,7 +217,10 @@ fn a_port_that_something_else_has() {
     });
     let (status, line) = place.nodes(&format!("{address}\n"), &[]);
     assert_eq!(status, 1);
-    assert_eq!(line, format!("krg-vmm: host {address}: what listens there is not krg-vmm: a wrong port?"));
+    assert_eq!(
+        line,
+        format!("krg-vmm: host {address}: what listens there is not krg-vmm: a wrong port?")
+    );
     answering.join().unwrap();
 }
 
@@ -203,9 +251,21 @@ fn hosts_that_can_not_be_had() {
         (output.status.code(), last_line(&output))
     };
     let (status, line) = krg("10.99.0.1\n10.99.0.2\n");
-    assert_eq!((status, line.as_str()), (Some(1), "krg-vmm: host 10.99.0.2: unreachable: ETIMEDOUT (connection timed out)"));
+    assert_eq!(
+        (status, line.as_str()),
+        (
+            Some(1),
+            "krg-vmm: host 10.99.0.2: unreachable: ETIMEDOUT (connection timed out)"
+        )
+    );
     let (status, line) = krg("10.99.0.1\n10.98.0.1:700\n");
-    assert_eq!((status, line.as_str()), (Some(1), "krg-vmm: host 10.98.0.1:700: unreachable: EHOSTUNREACH (no route to host)"));
+    assert_eq!(
+        (status, line.as_str()),
+        (
+            Some(1),
+            "krg-vmm: host 10.98.0.1:700: unreachable: EHOSTUNREACH (no route to host)"
+        )
+    );
     let (status, line) = krg("10.99.0.1\n10.98.0.1\n10.98.0.1:700\nnbmin=2\n");
     assert_eq!(status, Some(1));
     assert_eq!(
@@ -223,8 +283,14 @@ fn a_host_without_rights_to_kvm() {
     }
     let place = Place::new();
     fs::set_permissions(place.0.as_path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // Where the user may read it.
-    fs::copy(env!("CARGO_BIN_EXE_krg-vmm"), place.path("krg-vmm")).unwrap();
+    // Where the user may read it. Copied by another process: were the file open for writing here,
+    // a child that another test starts just now could hold it open too, and it could not be run.
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_krg-vmm"))
+        .arg(place.path("krg-vmm"))
+        .status()
+        .unwrap();
+    assert!(copied.success());
     fs::write(place.path("hosts.txt"), "127.0.0.1\n127.0.0.1\n").unwrap();
     let device = fs::metadata("/dev/kvm").map(|metadata| metadata.permissions().mode() & 0o7);
     let output = Command::new("setpriv")
@@ -256,5 +322,8 @@ fn listening_on_what_is_not_ours() {
     fs::set_permissions(place.path("secret"), fs::Permissions::from_mode(0o600)).unwrap();
     let output = place.krg(&["node", "--listen", "198.51.100.1:7000", "--secret-file", "secret"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(last_line(&output).starts_with("krg-vmm: can't listen on 198.51.100.1:7000: EADDRNOTAVAIL"), "{output:?}");
+    assert!(
+        last_line(&output).starts_with("krg-vmm: can't listen on 198.51.100.1:7000: EADDRNOTAVAIL"),
+        "{output:?}"
+    );
 }

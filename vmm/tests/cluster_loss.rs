@@ -10,8 +10,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,7 +72,9 @@ fn machine(
             let _ = sender.send(end);
         }
     });
-    let end = ends.recv().unwrap_or(NodeEnd::Failed("its console thread ended".into()));
+    let end = ends
+        .recv()
+        .unwrap_or(NodeEnd::Failed("its console thread ended".into()));
     while end == NodeEnd::Failed(HANG.into()) {
         thread::park();
     }
@@ -99,7 +101,11 @@ fn main() -> ExitCode {
             if let Err(line) = &result {
                 eprintln!("{line}");
             }
-            if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if result.is_ok() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Some("front") => front_end(Path::new(&args[2]), Path::new(&args[3]), args.get(4)),
         // `cargo test` passes filters and options: everything runs all the same.
@@ -112,7 +118,10 @@ fn front_end(hosts: &Path, api: &Path, secret: Option<&String>) -> ExitCode {
         nodes: Some(hosts.into()),
         disks: Vec::new(),
         persist: false,
-        request: Request { cpus: None, memory: Some(512 << 20) },
+        request: Request {
+            cpus: None,
+            memory: Some(512 << 20),
+        },
         name: "test".into(),
         boot: BootSpec::default(),
         net: None,
@@ -173,14 +182,28 @@ impl Front {
         });
         let (line, console) = channel();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|text| line.send(text)));
+        thread::spawn(move || {
+            stdout
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|text| line.send(text))
+        });
         let stdin = child.stdin.take().unwrap();
-        Self { child, stdin, events, console, place }
+        Self {
+            child,
+            stdin,
+            events,
+            console,
+            place,
+        }
     }
 
     fn event(&self, name: &str) -> serde_json::Value {
         loop {
-            let event = self.events.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("no event {name}"));
+            let event = self
+                .events
+                .recv_timeout(Duration::from_secs(20))
+                .unwrap_or_else(|_| panic!("no event {name}"));
             if event["event"] == name {
                 return event;
             }
@@ -226,9 +249,10 @@ impl Front {
         let took = start.elapsed();
         thread::sleep(Duration::from_millis(100));
         let place = self.place.as_path();
-        let left = fs::read_dir("/proc").unwrap().flatten().find(|process| {
-            fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == place)
-        });
+        let left = fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .find(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == place));
         assert!(left.is_none(), "process left: {left:?}");
         if status.code().is_some() {
             assert!(!place.join("api.sock").exists(), "the control socket is left");
@@ -240,7 +264,11 @@ impl Front {
             .map(|event| event["message"].as_str().unwrap().to_owned())
             .collect::<Vec<_>>();
         assert!(message.len() <= 1, "more than one line: {message:?}");
-        Left { status: status.code(), message: message.into_iter().next().unwrap_or_default(), took }
+        Left {
+            status: status.code(),
+            message: message.into_iter().next().unwrap_or_default(),
+            took,
+        }
     }
 }
 
@@ -271,10 +299,19 @@ fn power_off() {
     let mut front = Front::start(THREE, None);
     front.pids(3);
     front.say("hello\n");
-    assert!(front.console.recv_timeout(Duration::from_secs(5)).unwrap().ends_with("of test"));
+    assert!(
+        front
+            .console
+            .recv_timeout(Duration::from_secs(5))
+            .unwrap()
+            .ends_with("of test")
+    );
     assert_eq!(front.console.recv_timeout(Duration::from_secs(5)).unwrap(), "hello");
     let status = front.api("{\"cmd\":\"status\"}");
-    assert_eq!((&status["ok"], status["status"]["nodes"].as_array().unwrap().len()), (&true.into(), 3));
+    assert_eq!(
+        (&status["ok"], status["status"]["nodes"].as_array().unwrap().len()),
+        (&true.into(), 3)
+    );
     front.say("off\n");
     let left = front.end();
     assert_eq!((left.status, left.message.as_str()), (Some(0), ""));
@@ -297,7 +334,11 @@ fn a_killed_node() {
         kill_process(pids[victim], Signal::KILL).unwrap();
         let left = front.end();
         assert_eq!(left.status, Some(3));
-        assert!(left.message.starts_with(&format!("node {victim} (127.0.0.1) is lost")), "{}", left.message);
+        assert!(
+            left.message.starts_with(&format!("node {victim} (127.0.0.1) is lost")),
+            "{}",
+            left.message
+        );
         assert!(left.took < Duration::from_secs(2), "{:?}", left.took);
     }
 }
@@ -341,7 +382,10 @@ fn stops() {
     front.pids(3);
     assert_eq!(front.api("{\"cmd\":\"stop\"}")["ok"], true);
     let left = front.end();
-    assert_eq!((left.status, left.message.as_str()), (Some(5), "stopped: asked over the control socket"));
+    assert_eq!(
+        (left.status, left.message.as_str()),
+        (Some(5), "stopped: asked over the control socket")
+    );
     let front = Front::start(THREE, None);
     front.pids(3);
     kill_process(Pid::from_child(&front.child), Signal::TERM).unwrap();
@@ -357,7 +401,11 @@ fn a_machine_that_hangs() {
     kill_process(Pid::from_child(&front.child), Signal::TERM).unwrap();
     let left = front.end();
     assert_eq!((left.status, left.message.as_str()), (Some(5), "stopped: SIGTERM"));
-    assert!(left.took > Duration::from_secs(2) && left.took < Duration::from_secs(6), "{:?}", left.took);
+    assert!(
+        left.took > Duration::from_secs(2) && left.took < Duration::from_secs(6),
+        "{:?}",
+        left.took
+    );
 }
 
 fn a_killed_front_end() {
@@ -385,9 +433,11 @@ fn standing_daemons() {
     };
     let (mut first, mut second) = (start(a), start(b));
     for address in [a, b] {
-        let tries = (0..100).find(|_| TcpStream::connect(address).is_ok() || {
-            thread::sleep(Duration::from_millis(50));
-            false
+        let tries = (0..100).find(|_| {
+            TcpStream::connect(address).is_ok() || {
+                thread::sleep(Duration::from_millis(50));
+                false
+            }
         });
         assert!(tries.is_some(), "{address} does not listen");
     }
@@ -398,7 +448,11 @@ fn standing_daemons() {
         assert_eq!(pids, [Pid::from_child(&first), Pid::from_child(&second)]);
         // While one front end has the nodes, another one is told so.
         let left = Front::start(&hosts, Some(&secret)).end();
-        assert!(left.message.contains("busy: it runs machine \"test\""), "{}", left.message);
+        assert!(
+            left.message.contains("busy: it runs machine \"test\""),
+            "{}",
+            left.message
+        );
         if kill {
             kill_process(Pid::from_child(&front.child), Signal::KILL).unwrap();
         } else {
@@ -412,7 +466,11 @@ fn standing_daemons() {
     front.pids(2);
     kill_process(Pid::from_child(&second), Signal::TERM).unwrap();
     let left = front.end();
-    assert!(left.status.is_some_and(|status| status == 5 || status == 3), "{:?}", left.status);
+    assert!(
+        left.status.is_some_and(|status| status == 5 || status == 3),
+        "{:?}",
+        left.status
+    );
     assert!(second.wait().unwrap().success());
     // Without its node a host is named, or left out if the file allows that.
     let left = Front::start(&format!("{a}\n{b}\n"), Some(&secret));

@@ -45,7 +45,10 @@ fn again<M: Serialize + DeserializeOwned>(message: &Envelope<M>) -> Envelope<M> 
 
 fuzz_target!(|data: &[u8]| {
     let [choice, piece, rest @ ..] = data else { return };
-    let mut other = Other { says: rest, piece: usize::from(*piece).max(1) };
+    let mut other = Other {
+        says: rest,
+        piece: usize::from(*piece).max(1),
+    };
     let secret = Secret::from_bytes([7; 32]);
     match choice % 6 {
         // Nobody gets in: the right proof would take a guess of 256 bits.

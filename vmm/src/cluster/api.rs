@@ -93,12 +93,20 @@ impl Drop for Api {
 
 /// Removes a socket that a killed front end left behind; nobody answers on that.
 fn remove_stale(path: &Path) -> Result<(), String> {
-    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
     if !metadata.file_type().is_socket() {
-        return Err(format!("--api {}: EEXIST (there is a file already that is no socket)", path.display()));
+        return Err(format!(
+            "--api {}: EEXIST (there is a file already that is no socket)",
+            path.display()
+        ));
     }
     if UnixStream::connect(path).is_ok() {
-        return Err(format!("--api {}: EADDRINUSE (another program listens on it)", path.display()));
+        return Err(format!(
+            "--api {}: EADDRINUSE (another program listens on it)",
+            path.display()
+        ));
     }
     fs::remove_file(path).map_err(|error| format!("--api {}: {}", path.display(), errno::describe(&error)))
 }
@@ -150,7 +158,10 @@ mod tests {
         let mut client = UnixStream::connect(path).unwrap();
         client.write_all(text).unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
-        BufReader::new(client).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+        BufReader::new(client)
+            .lines()
+            .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+            .collect()
     }
 
     #[test]
@@ -163,7 +174,10 @@ mod tests {
         })
         .unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        let replies = ask(&path, b"{\"cmd\":\"status\"}\n{\"cmd\":\"stop\"}\n{\"cmd\":\"fly\"}\nnonsense\n");
+        let replies = ask(
+            &path,
+            b"{\"cmd\":\"status\"}\n{\"cmd\":\"stop\"}\n{\"cmd\":\"fly\"}\nnonsense\n",
+        );
         assert_eq!(replies[0], json!({"ok": true, "status": 7}));
         assert_eq!(replies[1], json!({"ok": true}));
         assert_eq!((&replies[2]["ok"], &replies[3]["ok"]), (&json!(false), &json!(false)));

@@ -223,7 +223,11 @@ mod tests {
             reporter: Reporter::new(true),
         };
         let (ending, all) = attended.run();
-        (ending, all, inputs.into_iter().map(|input| input.try_iter().collect()).collect())
+        (
+            ending,
+            all,
+            inputs.into_iter().map(|input| input.try_iter().collect()).collect(),
+        )
     }
 
     fn ended(node: usize, end: NodeEnd) -> FrontEvent {
@@ -240,7 +244,16 @@ mod tests {
     fn a_lost_node_stops_the_others() {
         let start = Instant::now();
         let (ending, all, told) = attend(vec![FrontEvent::Node(1, NodeEvent::Lost("closed".into()))]);
-        assert_eq!((ending, all), (Ending::Lost { node: 1, reason: "closed".into() }, false));
+        assert_eq!(
+            (ending, all),
+            (
+                Ending::Lost {
+                    node: 1,
+                    reason: "closed".into()
+                },
+                false
+            )
+        );
         assert!(matches!(&told[0][..], [NodeInput::Stop(reason)] if reason == "node 1 is lost"));
         assert!(start.elapsed() < Duration::from_secs(2));
     }

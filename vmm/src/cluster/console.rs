@@ -164,7 +164,10 @@ mod tests {
     fn the_escape_key_in_pieces() {
         let mut key = EscapeKey::default();
         assert_eq!(key.feed(b"ab\x01"), [bytes(b"ab")]);
-        assert_eq!(key.feed(b"hcd\x01\x01e\x01qf\x01x"), [Typed::Help, bytes(b"cd\x01ef"), Typed::Quit]);
+        assert_eq!(
+            key.feed(b"hcd\x01\x01e\x01qf\x01x"),
+            [Typed::Help, bytes(b"cd\x01ef"), Typed::Quit]
+        );
         assert_eq!(key.feed(b"x"), [bytes(b"x")]);
     }
 }

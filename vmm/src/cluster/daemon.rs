@@ -164,7 +164,10 @@ impl Daemon {
             stuck: AtomicBool::new(false),
             address,
         };
-        Ok(Self { listener, shared: Arc::new(shared) })
+        Ok(Self {
+            listener,
+            shared: Arc::new(shared),
+        })
     }
 
     /// Where it listens.
@@ -185,7 +188,11 @@ impl Daemon {
         loop {
             let accepted = self.listener.accept();
             if self.shared.ending.load(Ordering::SeqCst) {
-                return if self.shared.stuck.load(Ordering::SeqCst) { Err(DaemonError::Stuck) } else { Ok(()) };
+                return if self.shared.stuck.load(Ordering::SeqCst) {
+                    Err(DaemonError::Stuck)
+                } else {
+                    Ok(())
+                };
             }
             match accepted {
                 Ok((stream, from)) => self.take(stream, from),
@@ -205,7 +212,11 @@ impl Daemon {
         let oldest = {
             let mut handshakes = self.shared.handshakes();
             handshakes.push_back((number, clone));
-            if handshakes.len() > MAX_HANDSHAKES { handshakes.pop_front() } else { None }
+            if handshakes.len() > MAX_HANDSHAKES {
+                handshakes.pop_front()
+            } else {
+                None
+            }
         };
         if let Some((_, oldest)) = oldest {
             let _ = oldest.shutdown(Shutdown::Both);

@@ -39,10 +39,14 @@ pub enum FrontError {
     #[error(transparent)]
     Secret(#[from] SecretError),
     /// Hosts on other machines, but no secret.
-    #[error("host {0} is another machine: a secret is needed; make ~/.config/krg-vmm/secret or use --secret-file, the same on every host")]
+    #[error(
+        "host {0} is another machine: a secret is needed; make ~/.config/krg-vmm/secret or use --secret-file, the same on every host"
+    )]
     NoSecret(String),
     /// No host is this machine.
-    #[error("no line of the hosts file is an address of this machine: node 0, with the disks and the console, has to be here")]
+    #[error(
+        "no line of the hosts file is an address of this machine: node 0, with the disks and the console, has to be here"
+    )]
     NoLocalHost,
     /// A loopback address that other hosts would have to connect to.
     #[error("host {loopback} can't be reached from host {remote}: write this machine's own address in its place")]

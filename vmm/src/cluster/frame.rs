@@ -43,7 +43,10 @@ pub fn encode<M: Serialize>(message: &Envelope<M>) -> Result<Vec<u8>, FrameError
     let mut frame = vec![0; 4];
     serde_json::to_writer(&mut frame, message)?;
     let length = frame.len() as u64 - 4;
-    let prefix = u32::try_from(length).ok().filter(|l| *l <= MAX_FRAME).ok_or(FrameError::TooLong(length))?;
+    let prefix = u32::try_from(length)
+        .ok()
+        .filter(|l| *l <= MAX_FRAME)
+        .ok_or(FrameError::TooLong(length))?;
     frame[..4].copy_from_slice(&prefix.to_le_bytes());
     Ok(frame)
 }
@@ -68,7 +71,11 @@ pub fn read<M: DeserializeOwned>(stream: &mut impl Read) -> Result<Envelope<M>, 
         return Err(FrameError::TooLong(length.into()));
     }
     let mut body = Vec::new();
-    let got = stream.by_ref().take(length.into()).read_to_end(&mut body).map_err(closed)?;
+    let got = stream
+        .by_ref()
+        .take(length.into())
+        .read_to_end(&mut body)
+        .map_err(closed)?;
     if got < length as usize {
         return Err(FrameError::Closed);
     }
@@ -103,7 +110,9 @@ pub mod latin1 {
     /// The deserializer's, or a character above U+00FF.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
-        text.chars().map(|c| u8::try_from(c).map_err(|_| D::Error::custom("not a byte"))).collect()
+        text.chars()
+            .map(|c| u8::try_from(c).map_err(|_| D::Error::custom("not a byte")))
+            .collect()
     }
 }
 
@@ -132,7 +141,10 @@ mod tests {
         assert!(matches!(parse(vec![0xff; 64]), Err(FrameError::TooLong(0xffff_ffff))));
         assert!(matches!(parse(frame(b"{}")), Err(FrameError::Malformed(_))));
         assert!(matches!(parse(frame(b"")), Err(FrameError::Malformed(_))));
-        assert!(matches!(parse(frame("{\"Message\":\"\u{100}\"}".as_bytes())), Err(FrameError::Malformed(_))));
+        assert!(matches!(
+            parse(frame("{\"Message\":\"\u{100}\"}".as_bytes())),
+            Err(FrameError::Malformed(_))
+        ));
         assert!(matches!(parse(frame(&[b'['; 100_000])), Err(FrameError::Malformed(_))));
         assert!(matches!(parse(vec![9, 0, 0, 0, b'x']), Err(FrameError::Closed)));
         let huge = Envelope::Message(Bytes(vec![b'x'; MAX_FRAME as usize]));

@@ -80,12 +80,19 @@ struct Events {
 /// Anything but the guest's power-off.
 pub fn run(options: &Options, runner: Arc<dyn Runner>, reporter: Reporter) -> Result<(), FrontError> {
     let (sender, receiver) = channel();
-    let events = Events { sender, receiver, reporter };
+    let events = Events {
+        sender,
+        receiver,
+        reporter,
+    };
     for disk in &options.disks {
         check_image(disk)?;
     }
     for file in [&options.boot.kernel, &options.boot.initrd].into_iter().flatten() {
-        File::open(file).map_err(|source| FrontError::File { path: file.clone(), source })?;
+        File::open(file).map_err(|source| FrontError::File {
+            path: file.clone(),
+            source,
+        })?;
     }
     match &options.nodes {
         Some(path) => over_hosts(options, path, &events),
@@ -100,25 +107,50 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
         Some(path) => Some(Secret::from_file(&path)?),
         None => None,
     };
-    let Gathering { nodes, started, missing } = gather::gather(&file, secret, &options.program, &options.name)?;
+    let Gathering {
+        nodes,
+        started,
+        missing,
+    } = gather::gather(&file, secret, &options.program, &options.name)?;
     for line in missing {
-        events.reporter.event(&format!("left out: {line}"), &json!({"event": "missing", "message": line}));
+        events.reporter.event(
+            &format!("left out: {line}"),
+            &json!({"event": "missing", "message": line}),
+        );
     }
     for (number, node) in nodes.iter().enumerate() {
-        show_host(events.reporter, number, node, started.iter().any(|local| local.address == node.address));
+        show_host(
+            events.reporter,
+            number,
+            node,
+            started.iter().any(|local| local.address == node.address),
+        );
     }
-    let candidates: Vec<_> =
-        nodes.iter().map(|node| Candidate { line: node.line.clone(), offer: node.offer.clone() }).collect();
+    let candidates: Vec<_> = nodes
+        .iter()
+        .map(|node| Candidate {
+            line: node.line.clone(),
+            offer: node.offer.clone(),
+        })
+        .collect();
     let placement = plan::plan(&candidates, options.request)?;
     let specs = specs(options, &candidates, &placement, events.reporter)?;
     let names = specs[0].host_names.clone();
     let mut cluster = Cluster::new(nodes, &events.sender)?;
     let _guards = attend_user(options, events, &placement, &names)?;
     let ending = loop {
-        let running = cluster.prepare(specs.clone(), &events.receiver)?.connect(&events.receiver)?.start()?;
+        let running = cluster
+            .prepare(specs.clone(), &events.receiver)?
+            .connect(&events.receiver)?
+            .start()?;
         let (ports, names) = (running.ports(), names.clone());
         events.reporter.event("the machine runs", &json!({"event": "started"}));
-        let attended = Attended { ports, names, events: &events.receiver, reporter: events.reporter };
+        let attended = Attended {
+            ports,
+            names,
+            events: &events.receiver,
+            reporter: events.reporter,
+        };
         match attended.run() {
             (Ending::Reset, true) => {
                 events.reporter.event("the guest restarts", &json!({"event": "reset"}));
@@ -135,10 +167,19 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
 fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(), FrontError> {
     let line = HostsFile::parse("127.0.0.1", |_| None)
         .map(|mut file| file.hosts.remove(0))
-        .map_err(|source| FrontError::Hosts { path: "127.0.0.1".into(), source })?;
+        .map_err(|source| FrontError::Hosts {
+            path: "127.0.0.1".into(),
+            source,
+        })?;
     let offer = runner.offer();
-    let memory = options.request.memory.unwrap_or_else(|| (offer.memory / 2).min(DEFAULT_MEMORY));
-    let request = Request { memory: Some(memory), ..options.request };
+    let memory = options
+        .request
+        .memory
+        .unwrap_or_else(|| (offer.memory / 2).min(DEFAULT_MEMORY));
+    let request = Request {
+        memory: Some(memory),
+        ..options.request
+    };
     let candidates = [Candidate { line, offer }];
     let placement = plan::plan(&candidates, request)?;
     let spec = specs(options, &candidates, &placement, events.reporter)?.remove(0);
@@ -153,13 +194,19 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
             .name("machine".into())
             .spawn(move || {
                 let run = AssertUnwindSafe(|| runner.run(spec, peers, typed, output));
-                let end = catch_unwind(run).unwrap_or_else(|_| NodeEnd::Failed("internal error: the machine panicked".into()));
+                let end = catch_unwind(run)
+                    .unwrap_or_else(|_| NodeEnd::Failed("internal error: the machine panicked".into()));
                 let _ = sender.send(FrontEvent::Node(0, NodeEvent::Ended(end)));
             })
             .map_err(|error| FrontError::System(format!("no thread: {}", errno::describe(&error))))?;
         events.reporter.event("the machine runs", &json!({"event": "started"}));
         let (ports, names) = (vec![Port::Here(input)], names.clone());
-        let attended = Attended { ports, names, events: &events.receiver, reporter: events.reporter };
+        let attended = Attended {
+            ports,
+            names,
+            events: &events.receiver,
+            reporter: events.reporter,
+        };
         match attended.run() {
             (Ending::Reset, true) => events.reporter.event("the guest restarts", &json!({"event": "reset"})),
             (ending, _) => break ending,
@@ -185,26 +232,44 @@ fn finish(ending: Ending, names: &[String]) -> Result<(), FrontError> {
     let host = |node: usize| names.get(node).cloned().unwrap_or_default();
     match ending {
         Ending::PowerOff => Ok(()),
-        Ending::Reset => Err(FrontError::Stopped("the guest asked for a reset, and not every node could start again".into())),
+        Ending::Reset => Err(FrontError::Stopped(
+            "the guest asked for a reset, and not every node could start again".into(),
+        )),
         Ending::TripleFault => Err(FrontError::TripleFault),
-        Ending::Lost { node, reason } => Err(FrontError::Lost { node, host: host(node), reason }),
-        Ending::Failed { node, line } => Err(FrontError::Failed { node, host: host(node), line }),
+        Ending::Lost { node, reason } => Err(FrontError::Lost {
+            node,
+            host: host(node),
+            reason,
+        }),
+        Ending::Failed { node, line } => Err(FrontError::Failed {
+            node,
+            host: host(node),
+            line,
+        }),
         Ending::Stopped(reason) => Err(FrontError::Stopped(reason)),
     }
 }
 
 fn read_hosts(path: &Path) -> Result<HostsFile, FrontError> {
-    let text = std::fs::read(path).map_err(|source| FrontError::File { path: path.into(), source })?;
+    let text = std::fs::read(path).map_err(|source| FrontError::File {
+        path: path.into(),
+        source,
+    })?;
     let text = String::from_utf8_lossy(&text);
     let names = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
-    HostsFile::parse(&text, |name| name_in(&names, name))
-        .map_err(|source| FrontError::Hosts { path: path.into(), source })
+    HostsFile::parse(&text, |name| name_in(&names, name)).map_err(|source| FrontError::Hosts {
+        path: path.into(),
+        source,
+    })
 }
 
 /// A disk image has to be a file or a block device that can be read. The virtio side looks at
 /// the content.
 fn check_image(path: &Path) -> Result<(), FrontError> {
-    let failed = |source| FrontError::File { path: path.into(), source };
+    let failed = |source| FrontError::File {
+        path: path.into(),
+        source,
+    };
     let metadata = File::open(path).and_then(|file| file.metadata()).map_err(failed)?;
     let kind = metadata.file_type();
     let reason = if kind.is_dir() {
@@ -216,14 +281,26 @@ fn check_image(path: &Path) -> Result<(), FrontError> {
     } else {
         return Ok(());
     };
-    Err(FrontError::Image { path: path.into(), reason })
+    Err(FrontError::Image {
+        path: path.into(),
+        reason,
+    })
 }
 
 fn show_host(reporter: Reporter, number: usize, node: &Gathered, started: bool) {
-    let Gathered { line, address, offer, round_trip, .. } = node;
+    let Gathered {
+        line,
+        address,
+        offer,
+        round_trip,
+        ..
+    } = node;
     let micros = round_trip.as_micros();
     let started_here = if started { " (started here)" } else { "" };
-    let text = format!("node {number}: {address}{started_here}: {}, tcp, round trip {micros} us", offer.line());
+    let text = format!(
+        "node {number}: {address}{started_here}: {}, tcp, round trip {micros} us",
+        offer.line()
+    );
     let kvm = offer.kvm.as_ref().ok();
     let event = json!({
         "event": "host", "node": number, "id": line.id, "address": address.to_string(), "started": started,
@@ -242,10 +319,18 @@ fn specs(
     reporter: Reporter,
 ) -> Result<Vec<NodeSpec>, FrontError> {
     let absolute = |path: &PathBuf| {
-        std::path::absolute(path).map_err(|source| FrontError::File { path: path.clone(), source })
+        std::path::absolute(path).map_err(|source| FrontError::File {
+            path: path.clone(),
+            source,
+        })
     };
     let disks: Result<Vec<_>, FrontError> = (options.disks.iter().chain(&hosts[0].line.disks))
-        .map(|path| Ok(DiskSpec { path: absolute(path)?, persist: options.persist }))
+        .map(|path| {
+            Ok(DiskSpec {
+                path: absolute(path)?,
+                persist: options.persist,
+            })
+        })
         .collect();
     let boot = BootSpec {
         kernel: options.boot.kernel.as_ref().map(absolute).transpose()?,
@@ -266,7 +351,10 @@ fn specs(
     };
     for (number, share) in placement.hosts.iter().enumerate() {
         let (first, last) = (share.vcpus.first().unwrap_or(&0), share.vcpus.last().unwrap_or(&0));
-        let text = format!("node {number} has vCPUs {first}-{last} and {}", size::show(share.memory));
+        let text = format!(
+            "node {number} has vCPUs {first}-{last} and {}",
+            size::show(share.memory)
+        );
         let event = json!({"event": "placement", "node": number, "vcpus": share.vcpus, "memory": share.memory});
         reporter.event(&text, &event);
     }
@@ -278,7 +366,11 @@ fn common_cpuid(hosts: &[Candidate], reporter: Reporter) -> Result<Vec<CpuidLeaf
     if hosts.len() == 1 {
         return Ok(Vec::new());
     }
-    let offers: Vec<_> = hosts.iter().filter_map(|h| h.offer.kvm.as_ref().ok()).map(|kvm| kvm.cpuid.clone()).collect();
+    let offers: Vec<_> = hosts
+        .iter()
+        .filter_map(|h| h.offer.kvm.as_ref().ok())
+        .map(|kvm| kvm.cpuid.clone())
+        .collect();
     let (leaves, differences) = common_subset(&offers).map_err(|error| FrontError::Cpuid(error.to_string()))?;
     for line in differences {
         reporter.event(&line, &json!({"event": "cpuid", "message": line}));
@@ -309,7 +401,12 @@ fn attend_user(
             json!({})
         }
     };
-    let api = options.api.as_ref().map(|path| Api::listen(path, answer)).transpose().map_err(FrontError::System)?;
+    let api = options
+        .api
+        .as_ref()
+        .map(|path| Api::listen(path, answer))
+        .transpose()
+        .map_err(FrontError::System)?;
     if !options.attach {
         return Ok((api, None));
     }
@@ -332,6 +429,9 @@ fn attend_user(
         .map_err(no_thread)?;
     let raw = RawMode::enter().map_err(|error| FrontError::System(format!("terminal: {}", errno::describe(&error))))?;
     let typed = events.sender.clone();
-    read_input(io::stdin().is_terminal(), move |what| typed.send(FrontEvent::Typed(what)).is_ok()).map_err(no_thread)?;
+    read_input(io::stdin().is_terminal(), move |what| {
+        typed.send(FrontEvent::Typed(what)).is_ok()
+    })
+    .map_err(no_thread)?;
     Ok((api, raw))
 }

@@ -53,9 +53,16 @@ impl Cluster<Offered> {
             let sender = sender.clone();
             link.forward(move |incoming| sender.send(FrontEvent::Node(number, event_of(incoming))).is_ok())
                 .map_err(|error| FrontError::System(format!("no thread: {}", super::errno::describe(&error))))?;
-            members.push(Member { host: node.line.to_string(), address: node.address, link });
+            members.push(Member {
+                host: node.line.to_string(),
+                address: node.address,
+                link,
+            });
         }
-        Ok(Self { members, state: PhantomData })
+        Ok(Self {
+            members,
+            state: PhantomData,
+        })
     }
 
     /// Tells every node its part; `specs[i]` is node `i`'s.
@@ -67,7 +74,11 @@ impl Cluster<Offered> {
             .map_err(|error| FrontError::System(format!("/dev/urandom: {}", super::errno::describe(&error))))?;
         let addresses: Vec<_> = self.members.iter().map(|member| member.address).collect();
         for (node, (member, spec)) in self.members.iter().zip(specs).enumerate() {
-            let prepare = Prepare { session, spec, addresses: addresses.clone() };
+            let prepare = Prepare {
+                session,
+                spec,
+                addresses: addresses.clone(),
+            };
             self.send(node, member, ToNode::Prepare(Box::new(prepare)))?;
         }
         self.answers(events, |answer| matches!(answer, FromNode::Prepared))?;
@@ -101,7 +112,10 @@ impl Cluster<Ready> {
 impl Cluster<Running> {
     /// The ways to the nodes.
     pub fn ports(&self) -> Vec<Port> {
-        self.members.iter().map(|member| Port::Linked(member.link.sender())).collect()
+        self.members
+            .iter()
+            .map(|member| Port::Linked(member.link.sender()))
+            .collect()
     }
 
     /// After every node reported its end: ready for another session.
@@ -112,20 +126,33 @@ impl Cluster<Running> {
 
 impl<S> Cluster<S> {
     fn now<T>(self) -> Cluster<T> {
-        Cluster { members: self.members, state: PhantomData }
+        Cluster {
+            members: self.members,
+            state: PhantomData,
+        }
     }
 
     fn lost(&self, node: usize, reason: String) -> FrontError {
-        let host = self.members.get(node).map(|member| member.host.clone()).unwrap_or_default();
+        let host = self
+            .members
+            .get(node)
+            .map(|member| member.host.clone())
+            .unwrap_or_default();
         FrontError::Lost { node, host, reason }
     }
 
     fn send(&self, node: usize, member: &Member, message: ToNode) -> Result<(), FrontError> {
-        member.link.send(message).map_err(|error| self.lost(node, error.to_string()))
+        member
+            .link
+            .send(message)
+            .map_err(|error| self.lost(node, error.to_string()))
     }
 
     fn send_all(&self, message: impl Fn() -> ToNode) -> Result<(), FrontError> {
-        self.members.iter().enumerate().try_for_each(|(node, member)| self.send(node, member, message()))
+        self.members
+            .iter()
+            .enumerate()
+            .try_for_each(|(node, member)| self.send(node, member, message()))
     }
 
     /// Waits until every node gave the answer that is `due`.
@@ -158,7 +185,11 @@ impl<S> Cluster<S> {
     }
 
     fn failed(&self, node: usize, line: String) -> FrontError {
-        let host = self.members.get(node).map(|member| member.host.clone()).unwrap_or_default();
+        let host = self
+            .members
+            .get(node)
+            .map(|member| member.host.clone())
+            .unwrap_or_default();
         FrontError::Failed { node, host, line }
     }
 }

@@ -58,7 +58,13 @@ pub fn gather(file: &HostsFile, secret: Option<Secret>, program: &Path, name: &s
         (None, Some(line)) => return Err(FrontError::NoSecret(line.to_string())),
         (None, None) => Secret::random()?,
     };
-    let mut starter = Starter { program, secret: &secret, own_secret, started: Vec::new(), used: reserved(&lines) };
+    let mut starter = Starter {
+        program,
+        secret: &secret,
+        own_secret,
+        started: Vec::new(),
+        used: reserved(&lines),
+    };
     // Other machines take their time in parallel with this one.
     let results: Vec<Result<Gathered, Failure>> = thread::scope(|scope| {
         let remote: Vec<_> = lines
@@ -73,8 +79,13 @@ pub fn gather(file: &HostsFile, secret: Option<Secret>, program: &Path, name: &s
             .map(|line| is_local(line.address).then(|| starter.find_or_start(line, name)))
             .collect();
         let panicked = || Err(Failure::Unfit("internal error: its thread panicked".into()));
-        let joined = remote.into_iter().map(|thread| thread.map(|t| t.join().unwrap_or_else(|_| panicked())));
-        joined.zip(local).filter_map(|(remote, local)| remote.or(local)).collect()
+        let joined = remote
+            .into_iter()
+            .map(|thread| thread.map(|t| t.join().unwrap_or_else(|_| panicked())));
+        joined
+            .zip(local)
+            .filter_map(|(remote, local)| remote.or(local))
+            .collect()
     });
     let started = starter.started;
     let mut nodes = Vec::new();
@@ -87,28 +98,43 @@ pub fn gather(file: &HostsFile, secret: Option<Secret>, program: &Path, name: &s
                 missing.push(format!("host {line}: {reason}"));
             }
             Err(Failure::Away(reason) | Failure::Unfit(reason)) => {
-                return Err(FrontError::Host { host: line.to_string(), reason });
+                return Err(FrontError::Host {
+                    host: line.to_string(),
+                    reason,
+                });
             }
         }
     }
     match (file.nbmin, missing.first()) {
-        (Some(needed), Some(first)) if nodes.len() < needed => {
-            Err(FrontError::Nbmin { found: nodes.len(), needed, missing: first.clone() })
-        }
-        _ => Ok(Gathering { nodes, started, missing }),
+        (Some(needed), Some(first)) if nodes.len() < needed => Err(FrontError::Nbmin {
+            found: nodes.len(),
+            needed,
+            missing: first.clone(),
+        }),
+        _ => Ok(Gathering {
+            nodes,
+            started,
+            missing,
+        }),
     }
 }
 
 /// The hosts in node order: the first one here, then the others as in the file.
 fn node_order(file: &HostsFile) -> Result<Vec<HostLine>, FrontError> {
     let mut lines = file.hosts.clone();
-    let first = lines.iter().position(|line| is_local(line.address)).ok_or(FrontError::NoLocalHost)?;
+    let first = lines
+        .iter()
+        .position(|line| is_local(line.address))
+        .ok_or(FrontError::NoLocalHost)?;
     let node_0 = lines.remove(first);
     lines.insert(0, node_0);
     let remote = lines.iter().find(|line| !is_local(line.address));
     let loopback = lines.iter().find(|line| line.address.is_loopback());
     if let (Some(remote), Some(loopback)) = (remote, loopback) {
-        return Err(FrontError::Loopback { loopback: loopback.to_string(), remote: remote.to_string() });
+        return Err(FrontError::Loopback {
+            loopback: loopback.to_string(),
+            remote: remote.to_string(),
+        });
     }
     match lines[1..].iter().find(|line| !line.disks.is_empty()) {
         Some(line) => Err(FrontError::DiskElsewhere(line.to_string())),
@@ -118,7 +144,11 @@ fn node_order(file: &HostsFile) -> Result<Vec<HostLine>, FrontError> {
 
 /// Addresses that lines with a port have taken.
 fn reserved(lines: &[HostLine]) -> Vec<SocketAddr> {
-    lines.iter().filter(|line| line.port.is_some()).map(HostLine::socket).collect()
+    lines
+        .iter()
+        .filter(|line| line.port.is_some())
+        .map(HostLine::socket)
+        .collect()
 }
 
 /// Why a host is not there.
@@ -182,7 +212,11 @@ fn attach(line: &HostLine, address: SocketAddr, stream: TcpStream, name: &str) -
     let broken = |error: &dyn std::fmt::Display| Failure::Unfit(format!("its node gave up: {error}"));
     let link = Link::<ToNode, FromNode>::new(stream).map_err(|error| broken(&super::errno::describe(&error)))?;
     let software = env!("CARGO_PKG_VERSION").into();
-    link.send(ToNode::Hello { software, machine: name.into() }).map_err(|error| broken(&error))?;
+    link.send(ToNode::Hello {
+        software,
+        machine: name.into(),
+    })
+    .map_err(|error| broken(&error))?;
     let offer = match link.receive(OFFER_LIMIT) {
         Some(Incoming::Message(FromNode::Offer(offer))) if offer.version == OFFER_VERSION => *offer,
         other => return Err(not_what_was_due(other, "Offer")),
@@ -197,7 +231,13 @@ fn attach(line: &HostLine, address: SocketAddr, stream: TcpStream, name: &str) -
         }
         round_trip = round_trip.min(start.elapsed());
     }
-    Ok(Gathered { line: line.clone(), address, offer, round_trip, link })
+    Ok(Gathered {
+        line: line.clone(),
+        address,
+        offer,
+        round_trip,
+        link,
+    })
 }
 
 fn not_what_was_due(incoming: Option<Incoming<FromNode>>, due: &str) -> Failure {

@@ -51,7 +51,9 @@ pub enum HandshakeError {
     #[error("what listens there is not krg-vmm: a wrong port?")]
     NotOurs,
     /// Another version of this program.
-    #[error("version skew: it speaks protocol version {theirs}, this program {PROTOCOL_VERSION}; install the same krg-vmm on every host")]
+    #[error(
+        "version skew: it speaks protocol version {theirs}, this program {PROTOCOL_VERSION}; install the same krg-vmm on every host"
+    )]
     Version {
         /// The other side's version.
         theirs: u16,
@@ -126,12 +128,20 @@ impl Hello {
         nonce.copy_from_slice(&frame[64..]);
         let role = match frame[10] {
             0 => Role::Control,
-            1 => Role::Peer { from: word(12), to: word(16), session },
+            1 => Role::Peer {
+                from: word(12),
+                to: word(16),
+                session,
+            },
             _ => return Err(HandshakeError::Malformed),
         };
         let hello = Self { role, nonce };
         // Every bit has one meaning: what encodes differently was not made by this version.
-        if hello.encode() == *frame { Ok(hello) } else { Err(HandshakeError::Malformed) }
+        if hello.encode() == *frame {
+            Ok(hello)
+        } else {
+            Err(HandshakeError::Malformed)
+        }
     }
 }
 
@@ -140,7 +150,11 @@ impl Hello {
 /// # Errors
 /// Any [`HandshakeError`]; the connection is of no more use then.
 pub fn connect(stream: &mut (impl Read + Write), role: Role, secret: &Secret) -> Result<(), HandshakeError> {
-    let ours = Hello { role, nonce: random_bytes()? }.encode();
+    let ours = Hello {
+        role,
+        nonce: random_bytes()?,
+    }
+    .encode();
     stream.write_all(&ours)?;
     let mut theirs = [0; HELLO_SIZE];
     read_hello(stream, &mut theirs)?;
@@ -149,7 +163,11 @@ pub fn connect(stream: &mut (impl Read + Write), role: Role, secret: &Secret) ->
     let mut verdict = [0; VERDICT_SIZE];
     stream.read_exact(&mut verdict)?;
     let (accepted, answer) = (verdict[0] == 1, hash_of(&verdict[1..]));
-    if accepted && answer == proof(secret, "acceptor", &ours, &theirs) { Ok(()) } else { Err(HandshakeError::Secret) }
+    if accepted && answer == proof(secret, "acceptor", &ours, &theirs) {
+        Ok(())
+    } else {
+        Err(HandshakeError::Secret)
+    }
 }
 
 /// Lets the connector on `stream` prove itself and proves ourselves to it. `key` gives the key
@@ -160,7 +178,11 @@ pub fn connect(stream: &mut (impl Read + Write), role: Role, secret: &Secret) ->
 pub fn accept(stream: &mut (impl Read + Write), key: impl Fn(&Role) -> Option<Secret>) -> Result<Role, HandshakeError> {
     let mut theirs = [0; HELLO_SIZE];
     read_hello(stream, &mut theirs)?;
-    let ours = Hello { role: Role::Control, nonce: random_bytes()? }.encode();
+    let ours = Hello {
+        role: Role::Control,
+        nonce: random_bytes()?,
+    }
+    .encode();
     let hello = match Hello::decode(&theirs) {
         // Our version is all that a stranger of another version needs, and gets.
         Err(error @ HandshakeError::Version { .. }) => {
@@ -230,7 +252,10 @@ pub struct Deadline<'a> {
 impl<'a> Deadline<'a> {
     /// Gives `stream` [`HANDSHAKE_LIMIT`] from now.
     pub fn new(stream: &'a TcpStream) -> Self {
-        Self { stream, end: Instant::now() + HANDSHAKE_LIMIT }
+        Self {
+            stream,
+            end: Instant::now() + HANDSHAKE_LIMIT,
+        }
     }
 
     fn left(&self) -> io::Result<Option<Duration>> {

@@ -137,7 +137,15 @@ impl HostsFile {
                 return Err(HostsError::TooMany { line });
             }
             let (address, port) = parse_address(line, first, &resolve)?;
-            let mut host = HostLine { line, address, port, id: 0, cpus: None, memory: None, disks: Vec::new() };
+            let mut host = HostLine {
+                line,
+                address,
+                port,
+                id: 0,
+                cpus: None,
+                memory: None,
+                disks: Vec::new(),
+            };
             let mut id = None;
             for word in words {
                 match word.split_once('=') {
@@ -147,7 +155,8 @@ impl HostsFile {
                         count => host.cpus = Some(count),
                     },
                     Some(("mem", value)) => {
-                        host.memory = Some(super::size::parse(value).map_err(|reason| bad(line, word, &reason.to_string()))?);
+                        host.memory =
+                            Some(super::size::parse(value).map_err(|reason| bad(line, word, &reason.to_string()))?);
                     }
                     Some(("disk", value)) if !value.is_empty() => host.disks.push(value.into()),
                     _ => return Err(bad(line, word, "not one of id=N, cpus=N, mem=SIZE, disk=PATH")),
@@ -163,15 +172,26 @@ impl HostsFile {
         check_addresses(&hosts)?;
         if let Some((line, count)) = nbmin {
             if count == 0 || count > hosts.len() {
-                return Err(HostsError::Nbmin { line, nbmin: count, hosts: hosts.len() });
+                return Err(HostsError::Nbmin {
+                    line,
+                    nbmin: count,
+                    hosts: hosts.len(),
+                });
             }
         }
-        Ok(Self { hosts, nbmin: nbmin.map(|(_, count)| count) })
+        Ok(Self {
+            hosts,
+            nbmin: nbmin.map(|(_, count)| count),
+        })
     }
 }
 
 fn bad(line: usize, word: &str, reason: &str) -> HostsError {
-    HostsError::Word { line, word: word.chars().take(80).collect(), reason: reason.into() }
+    HostsError::Word {
+        line,
+        word: word.chars().take(80).collect(),
+        reason: reason.into(),
+    }
 }
 
 fn number(line: usize, word: &str, value: &str) -> Result<u32, HostsError> {
@@ -190,7 +210,10 @@ fn parse_address(
         (socket.ip(), Some(socket.port()))
     } else {
         let (name, port) = match word.split_once(':') {
-            Some((name, port)) => (name, Some(port.parse().map_err(|_| bad(line, word, "not an address[:port]"))?)),
+            Some((name, port)) => (
+                name,
+                Some(port.parse().map_err(|_| bad(line, word, "not an address[:port]"))?),
+            ),
             None => (word, None),
         };
         let unknown = "neither an IP address nor a name in /etc/hosts (DNS is not asked)";
@@ -210,7 +233,11 @@ fn number_hosts(hosts: &mut [HostLine], explicit: &[Option<u32>]) -> Result<(), 
     for (index, id) in explicit.iter().enumerate() {
         let Some(id) = *id else { continue };
         if let Some(first) = explicit[..index].iter().position(|other| *other == Some(id)) {
-            return Err(HostsError::DuplicateId { line: hosts[index].line, first: hosts[first].line, id });
+            return Err(HostsError::DuplicateId {
+                line: hosts[index].line,
+                first: hosts[first].line,
+                id,
+            });
         }
     }
     let mut free = (0..).filter(|id| !explicit.contains(&Some(*id)));
@@ -234,7 +261,11 @@ fn check_addresses(hosts: &[HostLine]) -> Result<(), HostsError> {
                 }
         };
         if let Some(first) = hosts[..index].iter().find(same) {
-            return Err(HostsError::DuplicateAddress { line: host.line, first: first.line, address: host.socket() });
+            return Err(HostsError::DuplicateAddress {
+                line: host.line,
+                first: first.line,
+                address: host.socket(),
+            });
         }
     }
     Ok(())
@@ -291,15 +322,36 @@ mod tests {
             ("10.0.0.1\nnbmin=1 x", 2),
             ("10.0.0.1\nnbmin=x", 2),
         ] {
-            assert!(matches!(parse(text), Err(HostsError::Word { line, .. }) if line == at), "{text:?}: {:?}", parse(text));
+            assert!(
+                matches!(parse(text), Err(HostsError::Word { line, .. }) if line == at),
+                "{text:?}: {:?}",
+                parse(text)
+            );
         }
         assert_eq!(
             parse("10.0.0.1 id=3\n10.0.0.2\n10.0.0.3 id=3"),
-            Err(HostsError::DuplicateId { line: 3, first: 1, id: 3 })
+            Err(HostsError::DuplicateId {
+                line: 3,
+                first: 1,
+                id: 3
+            })
         );
-        assert!(matches!(parse("10.0.0.1\n10.0.0.1:7447"), Err(HostsError::DuplicateAddress { line: 2, first: 1, .. })));
-        assert!(matches!(parse("10.0.0.1\n10.0.0.1"), Err(HostsError::DuplicateAddress { line: 2, .. })));
-        assert_eq!(parse("nbmin=2\n10.0.0.1"), Err(HostsError::Nbmin { line: 1, nbmin: 2, hosts: 1 }));
+        assert!(matches!(
+            parse("10.0.0.1\n10.0.0.1:7447"),
+            Err(HostsError::DuplicateAddress { line: 2, first: 1, .. })
+        ));
+        assert!(matches!(
+            parse("10.0.0.1\n10.0.0.1"),
+            Err(HostsError::DuplicateAddress { line: 2, .. })
+        ));
+        assert_eq!(
+            parse("nbmin=2\n10.0.0.1"),
+            Err(HostsError::Nbmin {
+                line: 1,
+                nbmin: 2,
+                hosts: 1
+            })
+        );
         let many = (0..=MAX_HOSTS).map(|i| format!("10.0.1.{i}\n")).collect::<String>();
         assert_eq!(parse(&many), Err(HostsError::TooMany { line: MAX_HOSTS + 1 }));
     }

@@ -41,7 +41,10 @@ pub struct LinkSender<S> {
 
 impl<S> Clone for LinkSender<S> {
     fn clone(&self) -> Self {
-        Self { stream: self.stream.clone(), sends: PhantomData }
+        Self {
+            stream: self.stream.clone(),
+            sends: PhantomData,
+        }
     }
 }
 
@@ -84,7 +87,10 @@ where
         stream.set_read_timeout(Some(SILENCE))?;
         let socket = stream.try_clone()?;
         let mut reading = stream.try_clone()?;
-        let sender = LinkSender { stream: Arc::new(Mutex::new(stream)), sends: PhantomData };
+        let sender = LinkSender {
+            stream: Arc::new(Mutex::new(stream)),
+            sends: PhantomData,
+        };
         let (queue, incoming) = sync_channel(QUEUE);
         thread::Builder::new().name("link-read".into()).spawn(move || {
             let lost = loop {
@@ -113,7 +119,12 @@ where
                 }
             }
         })?;
-        Ok(Self { sender, incoming: Some(incoming), socket, _beat: beat })
+        Ok(Self {
+            sender,
+            incoming: Some(incoming),
+            socket,
+            _beat: beat,
+        })
     }
 
     /// The sending half.
@@ -202,7 +213,10 @@ mod tests {
         let _other = Link::<u32, u32>::new(d).unwrap();
         let start = Instant::now();
         let lost = silent.receive(SILENCE * 2);
-        assert!(matches!(&lost, Some(Incoming::Lost(reason)) if reason.contains("4.5 s")), "{lost:?}");
+        assert!(
+            matches!(&lost, Some(Incoming::Lost(reason)) if reason.contains("4.5 s")),
+            "{lost:?}"
+        );
         assert!(start.elapsed() < Duration::from_secs(5));
         assert!(lively.receive(Duration::from_millis(300)).is_none());
         drop(b);

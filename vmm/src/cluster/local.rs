@@ -23,7 +23,11 @@ pub fn is_local(address: IpAddr) -> bool {
     if address.is_loopback() {
         return true;
     }
-    let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if address.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     let source = || {
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect((address, super::hosts::DEFAULT_PORT))?;
@@ -61,7 +65,11 @@ impl LocalNode {
     pub fn start(program: &Path, address: SocketAddr, fixed_port: bool, secret: &Secret) -> Result<Self, String> {
         let failed = |error: &io::Error| format!("can't start a node: {}", errno::describe(error));
         let mut command = Command::new(program);
-        command.arg("node").arg("--listen").arg(address.to_string()).arg("--child");
+        command
+            .arg("node")
+            .arg("--listen")
+            .arg(address.to_string())
+            .arg("--child");
         if fixed_port {
             command.arg("--fixed-port");
         }
@@ -90,7 +98,9 @@ impl LocalNode {
         };
         match text.trim().split_once(' ') {
             Some(("listening", at)) => {
-                node.address = at.parse().map_err(|_| "the started node says an address that is none")?;
+                node.address = at
+                    .parse()
+                    .map_err(|_| "the started node says an address that is none")?;
                 Ok(node)
             }
             Some(("failed", reason)) => Err(reason.into()),

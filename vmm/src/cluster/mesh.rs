@@ -45,7 +45,9 @@ impl Acceptance {
     }
 
     fn number(&self, role: &Role) -> Option<usize> {
-        let Role::Peer { from, to, session } = role else { return None };
+        let Role::Peer { from, to, session } = role else {
+            return None;
+        };
         let (from, to) = (*from as usize, *to as usize);
         (*session == self.session && to == self.node && from > self.node && from < self.hosts).then_some(from)
     }
@@ -74,7 +76,11 @@ pub fn dial_lower(
 }
 
 fn dial(from: usize, to: usize, session: [u8; 32], address: SocketAddr, name: &str, key: &Secret) -> PeerResult {
-    let role = Role::Peer { from: from as u32, to: to as u32, session };
+    let role = Role::Peer {
+        from: from as u32,
+        to: to as u32,
+        session,
+    };
     match handshake::dial(address, role, key) {
         Ok(stream) => Ok((to, stream)),
         Err(error) => Err(format!("can't connect to node {to} ({name}) at {address}: {error}")),

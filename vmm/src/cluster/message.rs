@@ -66,11 +66,20 @@ impl Prepare {
             return Err("a session whose node number, addresses or names don't fit its placement".into());
         }
         let shares = &self.spec.placement.hosts;
-        let in_order = shares.iter().flat_map(|share| &share.vcpus).zip(0..).all(|(vcpu, number)| *vcpu == number);
+        let in_order = shares
+            .iter()
+            .flat_map(|share| &share.vcpus)
+            .zip(0..)
+            .all(|(vcpu, number)| *vcpu == number);
         if !in_order || shares.iter().any(|share| share.vcpus.is_empty()) {
             return Err("a placement whose vCPUs are not numbered host by host".into());
         }
-        let total = self.spec.placement.hosts.iter().try_fold(0u64, |sum, share| sum.checked_add(share.memory));
+        let total = self
+            .spec
+            .placement
+            .hosts
+            .iter()
+            .try_fold(0u64, |sum, share| sum.checked_add(share.memory));
         if total.is_none_or(|total| total >= 1 << 52) {
             return Err("a placement with more memory than an x86 processor can address".into());
         }

@@ -76,12 +76,21 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
     {
         let mut claim = shared.claim();
         if let Some(other) = claim.as_ref() {
-            let line = format!("busy: it runs machine {:?} for the front end at {}", other.machine, other.front_end.ip());
+            let line = format!(
+                "busy: it runs machine {:?} for the front end at {}",
+                other.machine,
+                other.front_end.ip()
+            );
             drop(claim);
             let _ = link.send(FromNode::Refused(line));
             return;
         }
-        *claim = Some(Claim { machine, front_end: from, acceptance: None, input: None });
+        *claim = Some(Claim {
+            machine,
+            front_end: from,
+            acceptance: None,
+            input: None,
+        });
     }
     let _release = Release(shared);
     let (sender, events) = channel();
@@ -90,7 +99,13 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
         return tracing::error!("front end {from}: {}", super::errno::describe(&error));
     }
     let _ = link.send(FromNode::Offer(Box::new(shared.runner.offer())));
-    let mut session = Session { shared: shared.clone(), link: link.sender(), events, sender, state: Offered };
+    let mut session = Session {
+        shared: shared.clone(),
+        link: link.sender(),
+        events,
+        sender,
+        state: Offered,
+    };
     let over = loop {
         session = match session.prepare().and_then(Session::connect).and_then(Session::run) {
             Ok(session) => session,
@@ -109,7 +124,13 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
 
 impl<S> Session<S> {
     fn with<T>(self, state: T) -> Session<T> {
-        Session { shared: self.shared, link: self.link, events: self.events, sender: self.sender, state }
+        Session {
+            shared: self.shared,
+            link: self.link,
+            events: self.events,
+            sender: self.sender,
+            state,
+        }
     }
 
     fn send(&self, message: FromNode) -> Result<(), Over> {
@@ -179,8 +200,10 @@ impl Session<Prepared> {
                 Some(Event::FrontEnd(Incoming::Message(ToNode::Connect))) if end.is_none() => {
                     end = Some(Instant::now() + MESH_LIMIT);
                     let deliver = self.sender.clone();
-                    mesh::dial_lower(prepare, &self.shared.secret, move |peer| drop(deliver.send(Event::Peer(peer))))
-                        .map_err(|error| Over::Refuse(format!("no thread to dial: {}", super::errno::describe(&error))))?;
+                    mesh::dial_lower(prepare, &self.shared.secret, move |peer| {
+                        drop(deliver.send(Event::Peer(peer)))
+                    })
+                    .map_err(|error| Over::Refuse(format!("no thread to dial: {}", super::errno::describe(&error))))?;
                 }
                 Some(Event::Peer(Ok((from, stream)))) => match &mut peers[from] {
                     // A second connection of the same number is dropped: the first one counts.
@@ -192,10 +215,14 @@ impl Session<Prepared> {
                 },
                 Some(event) => return Err(unexpected(event)),
                 None => {
-                    let from = (0..hosts).find(|i| *i != node && peers[*i].is_none()).unwrap_or_default();
+                    let from = (0..hosts)
+                        .find(|i| *i != node && peers[*i].is_none())
+                        .unwrap_or_default();
                     let name = &prepare.spec.host_names[from];
                     let seconds = MESH_LIMIT.as_secs();
-                    return Err(Over::Refuse(format!("node {from} ({name}) did not connect to it within {seconds} s")));
+                    return Err(Over::Refuse(format!(
+                        "node {from} ({name}) did not connect to it within {seconds} s"
+                    )));
                 }
             }
         }
@@ -203,8 +230,20 @@ impl Session<Prepared> {
             claim.acceptance = None;
         }
         self.send(FromNode::Ready)?;
-        let Session { shared, link, events, sender, state: Prepared(prepare) } = self;
-        Ok(Session { shared, link, events, sender, state: Ready(prepare, peers) })
+        let Session {
+            shared,
+            link,
+            events,
+            sender,
+            state: Prepared(prepare),
+        } = self;
+        Ok(Session {
+            shared,
+            link,
+            events,
+            sender,
+            state: Ready(prepare, peers),
+        })
     }
 }
 
@@ -215,7 +254,13 @@ impl Session<Ready> {
             Some(event) => return Err(unexpected(event)),
             None => return Err(Over::Gone("silent".into())),
         }
-        let Session { shared, link, events, sender, state: Ready(prepare, peers) } = self;
+        let Session {
+            shared,
+            link,
+            events,
+            sender,
+            state: Ready(prepare, peers),
+        } = self;
         let (input, typed) = channel();
         if let Some(claim) = shared.claim().as_mut() {
             claim.input = Some(input.clone());
@@ -227,12 +272,19 @@ impl Session<Ready> {
             .name("machine".into())
             .spawn(move || {
                 let run = AssertUnwindSafe(|| runner.run(prepare.spec, peers, typed, output));
-                let end = catch_unwind(run)
-                    .unwrap_or_else(|_| NodeEnd::Failed("internal error: the machine panicked; its log says where".into()));
+                let end = catch_unwind(run).unwrap_or_else(|_| {
+                    NodeEnd::Failed("internal error: the machine panicked; its log says where".into())
+                });
                 let _ = ended.send(Event::Ended(end));
             })
             .map_err(|error| Over::Refuse(format!("no thread for the machine: {}", super::errno::describe(&error))))?;
-        let session = Session { shared, link, events, sender, state: Offered };
+        let session = Session {
+            shared,
+            link,
+            events,
+            sender,
+            state: Offered,
+        };
         let (end, gone) = session.attend(&input)?;
         if let Some(claim) = session.shared.claim().as_mut() {
             claim.input = None;
@@ -291,6 +343,9 @@ impl NodeOutput for Output {
     }
 
     fn event(&self, line: &str, json: serde_json::Value) {
-        let _ = self.0.send(FromNode::Event { line: line.into(), json });
+        let _ = self.0.send(FromNode::Event {
+            line: line.into(),
+            json,
+        });
     }
 }

@@ -81,7 +81,12 @@ impl Offer {
     /// The host in one line.
     pub fn line(&self) -> String {
         let memory = size::show(self.memory);
-        format!("{} CPUs, {memory} free, {}, kernel {}", self.cpus, self.kvm_line(), self.kernel)
+        format!(
+            "{} CPUs, {memory} free, {}, kernel {}",
+            self.cpus,
+            self.kvm_line(),
+            self.kernel
+        )
     }
 
     /// The KVM in a few words, with what decides how page tables are shared.
@@ -124,9 +129,15 @@ fn kvm_info(device: &Path) -> Result<KvmInfo, String> {
     let path = std::ffi::CString::new(device.as_os_str().as_encoded_bytes()).map_err(|_| "a path with a zero byte")?;
     let kvm = Kvm::new_with_path(&path).map_err(|e| denied(&device.display().to_string(), e))?;
     if kvm.get_api_version() != 12 {
-        return Err(format!("{}: KVM API version {}, 12 is needed", device.display(), kvm.get_api_version()));
+        return Err(format!(
+            "{}: KVM API version {}, 12 is needed",
+            device.display(),
+            kvm.get_api_version()
+        ));
     }
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| denied("KVM_GET_SUPPORTED_CPUID", e))?;
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| denied("KVM_GET_SUPPORTED_CPUID", e))?;
     let vm = kvm.create_vm().map_err(|e| denied("KVM_CREATE_VM", e))?;
     let vcpu = vm.create_vcpu(0).map_err(|e| denied("KVM_CREATE_VCPU", e))?;
     let tsc_khz = vcpu.get_tsc_khz().map_err(|e| denied("KVM_GET_TSC_KHZ", e))?;

@@ -73,7 +73,10 @@ pub enum PlanError {
 /// See [`PlanError`].
 pub fn plan(hosts: &[Candidate], request: Request) -> Result<Placement, PlanError> {
     check_fitness(hosts)?;
-    let offers = hosts.iter().map(|host| share_of(host, hosts)).collect::<Result<Vec<_>, _>>()?;
+    let offers = hosts
+        .iter()
+        .map(|host| share_of(host, hosts))
+        .collect::<Result<Vec<_>, _>>()?;
     let placement = Placement::new(&offers, request)?;
     for (host, share) in hosts.iter().zip(&placement.hosts) {
         let (_, on_machine) = neighbours(host, hosts);
@@ -87,7 +90,11 @@ pub fn plan(hosts: &[Candidate], request: Request) -> Result<Placement, PlanErro
         if let Ok(kvm) = &host.offer.kvm {
             if placement.cpus() > kvm.max_vcpus {
                 let (possible, asked) = (kvm.max_vcpus, placement.cpus());
-                return Err(PlanError::TooManyCpus { host: host.line.to_string(), possible, asked });
+                return Err(PlanError::TooManyCpus {
+                    host: host.line.to_string(),
+                    possible,
+                    asked,
+                });
             }
         }
     }
@@ -97,12 +104,20 @@ pub fn plan(hosts: &[Candidate], request: Request) -> Result<Placement, PlanErro
 fn check_fitness(hosts: &[Candidate]) -> Result<(), PlanError> {
     for host in hosts {
         if let Some(reason) = host.offer.obstacle(hosts.len() == 1) {
-            return Err(PlanError::Unfit { host: host.line.to_string(), reason: reason.into() });
+            return Err(PlanError::Unfit {
+                host: host.line.to_string(),
+                reason: reason.into(),
+            });
         }
         let (vendor, first_vendor) = (vendor(&host.offer), vendor(&hosts[0].offer));
         if vendor != first_vendor {
             let (host, first) = (host.line.to_string(), hosts[0].line.to_string());
-            return Err(PlanError::Vendor { host, vendor, first, first_vendor });
+            return Err(PlanError::Vendor {
+                host,
+                vendor,
+                first,
+                first_vendor,
+            });
         }
     }
     Ok(())
@@ -111,7 +126,11 @@ fn check_fitness(hosts: &[Candidate]) -> Result<(), PlanError> {
 /// How many nodes of the cluster are on `host`'s machine, and whether that is more than one.
 fn neighbours(host: &Candidate, hosts: &[Candidate]) -> (u64, bool) {
     let id = &host.offer.boot_id;
-    let count = hosts.iter().filter(|other| !id.is_empty() && other.offer.boot_id == *id).count().max(1);
+    let count = hosts
+        .iter()
+        .filter(|other| !id.is_empty() && other.offer.boot_id == *id)
+        .count()
+        .max(1);
     (count as u64, count > 1)
 }
 
@@ -124,7 +143,10 @@ fn share_of(host: &Candidate, hosts: &[Candidate]) -> Result<HostOffer, PlanErro
     let part = u32::try_from(count).unwrap_or(u32::MAX);
     Ok(HostOffer {
         cpus: host.line.cpus.unwrap_or((host.offer.cpus / part).max(1)),
-        memory: host.line.memory.unwrap_or(host.offer.memory / SHARE.1 * SHARE.0 / count),
+        memory: host
+            .line
+            .memory
+            .unwrap_or(host.offer.memory / SHARE.1 * SHARE.0 / count),
     })
 }
 
@@ -133,15 +155,27 @@ fn check_memory(host: &Candidate, needed: u64) -> Result<(), PlanError> {
         return Ok(());
     }
     let (needed, available) = (size::show(needed), size::show(host.offer.memory));
-    Err(PlanError::Memory { host: host.line.to_string(), needed, available })
+    Err(PlanError::Memory {
+        host: host.line.to_string(),
+        needed,
+        available,
+    })
 }
 
 /// The vendor name in CPUID leaf 0.
 fn vendor(offer: &Offer) -> String {
-    let leaf = offer.kvm.as_ref().ok().and_then(|kvm| kvm.cpuid.iter().find(|leaf| leaf.function == 0));
+    let leaf = offer
+        .kvm
+        .as_ref()
+        .ok()
+        .and_then(|kvm| kvm.cpuid.iter().find(|leaf| leaf.function == 0));
     let Some(leaf) = leaf else { return "unknown".into() };
     let bytes = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
-    bytes.iter().filter(|b| b.is_ascii_graphic()).map(|b| char::from(*b)).collect()
+    bytes
+        .iter()
+        .filter(|b| b.is_ascii_graphic())
+        .map(|b| char::from(*b))
+        .collect()
 }
 
 #[cfg(test)]
@@ -153,7 +187,15 @@ mod tests {
 
     fn leaf(name: &[u8; 12]) -> CpuidLeaf {
         let word = |at: usize| u32::from_le_bytes([name[at], name[at + 1], name[at + 2], name[at + 3]]);
-        CpuidLeaf { function: 0, index: 0, flags: 0, eax: 1, ebx: word(0), ecx: word(8), edx: word(4) }
+        CpuidLeaf {
+            function: 0,
+            index: 0,
+            flags: 0,
+            eax: 1,
+            ebx: word(0),
+            ecx: word(8),
+            edx: word(4),
+        }
     }
 
     fn host(line: &str, boot_id: &str, cpus: u32, mib: u64) -> Candidate {
@@ -175,12 +217,18 @@ mod tests {
             kvm: Ok(kvm),
             userfaultfd: Ok(()),
         };
-        Candidate { line: HostsFile::parse(line, |_| None).unwrap().hosts.remove(0), offer }
+        Candidate {
+            line: HostsFile::parse(line, |_| None).unwrap().hosts.remove(0),
+            offer,
+        }
     }
 
     #[test]
     fn two_machines_give_what_they_have() {
-        let placement = plan(&[host("10.0.0.1", "a", 2, 1024), host("10.0.0.2 cpus=3", "b", 2, 1024)], Request::default());
+        let placement = plan(
+            &[host("10.0.0.1", "a", 2, 1024), host("10.0.0.2 cpus=3", "b", 2, 1024)],
+            Request::default(),
+        );
         let placement = placement.unwrap();
         assert_eq!(placement.cpus(), 5);
         assert_eq!(placement.memory(), 2 * 768 << 20);
@@ -191,9 +239,15 @@ mod tests {
         let two = [host("127.0.0.1", "a", 4, 2048), host("127.0.0.1", "a", 4, 2048)];
         let placement = plan(&two, Request::default()).unwrap();
         assert_eq!((placement.cpus(), placement.memory()), (4, 1536 << 20));
-        let two = [host("127.0.0.1 mem=1536M", "a", 4, 2048), host("127.0.0.1 mem=1536M", "a", 4, 2048)];
+        let two = [
+            host("127.0.0.1 mem=1536M", "a", 4, 2048),
+            host("127.0.0.1 mem=1536M", "a", 4, 2048),
+        ];
         let error = plan(&two, Request::default()).unwrap_err().to_string();
-        assert_eq!(error, "host 127.0.0.1: 3 GiB of guest memory needed, 2 GiB available: lower --memory or mem=");
+        assert_eq!(
+            error,
+            "host 127.0.0.1: 3 GiB of guest memory needed, 2 GiB available: lower --memory or mem="
+        );
     }
 
     #[test]
@@ -205,16 +259,35 @@ mod tests {
         assert_eq!(error.to_string(), "host 10.0.0.2: /dev/kvm: ENOENT");
         let mut no_uffd = host("10.0.0.2", "b", 2, 1024);
         no_uffd.offer.userfaultfd = Err("userfaultfd: EPERM".into());
-        assert!(matches!(plan(&[good.clone(), no_uffd.clone()], Request::default()), Err(PlanError::Unfit { .. })));
+        assert!(matches!(
+            plan(&[good.clone(), no_uffd.clone()], Request::default()),
+            Err(PlanError::Unfit { .. })
+        ));
         assert!(plan(&[no_uffd], Request::default()).is_ok());
         let mut intel = host("10.0.0.2", "b", 2, 1024);
         intel.offer.kvm.as_mut().unwrap().cpuid = vec![leaf(b"GenuineIntel")];
-        assert!(matches!(plan(&[good.clone(), intel], Request::default()), Err(PlanError::Vendor { .. })));
-        let little = host("10.0.0.2 mem=4G", "b", 2, 1024);
-        assert!(matches!(plan(&[good.clone(), little], Request::default()), Err(PlanError::Memory { .. })));
         assert!(matches!(
-            plan(&[good], Request { cpus: Some(17), memory: None }),
-            Err(PlanError::TooManyCpus { possible: 16, asked: 17, .. })
+            plan(&[good.clone(), intel], Request::default()),
+            Err(PlanError::Vendor { .. })
+        ));
+        let little = host("10.0.0.2 mem=4G", "b", 2, 1024);
+        assert!(matches!(
+            plan(&[good.clone(), little], Request::default()),
+            Err(PlanError::Memory { .. })
+        ));
+        assert!(matches!(
+            plan(
+                &[good],
+                Request {
+                    cpus: Some(17),
+                    memory: None
+                }
+            ),
+            Err(PlanError::TooManyCpus {
+                possible: 16,
+                asked: 17,
+                ..
+            })
         ));
     }
 }

@@ -28,5 +28,8 @@ pub fn userfaultfd() -> Result<(), String> {
         Some(libc::ENOSYS) => "the kernel has none (CONFIG_USERFAULTFD)",
         _ => "give access to /dev/userfaultfd or the capability CAP_SYS_PTRACE",
     };
-    Err(format!("userfaultfd for kernel faults: {}; {advice}", errno::describe(&error)))
+    Err(format!(
+        "userfaultfd for kernel faults: {}; {advice}",
+        errno::describe(&error)
+    ))
 }

@@ -21,14 +21,22 @@ impl Reporter {
 
     /// Something worth knowing.
     pub fn event(&self, line: &str, json: &Value) {
-        self.write(&if self.json { json.to_string() } else { format!("krg-vmm: {}", one_line(line)) });
+        self.write(&if self.json {
+            json.to_string()
+        } else {
+            format!("krg-vmm: {}", one_line(line))
+        });
     }
 
     /// Why the program ends without the guest having powered off, and with which exit status.
     pub fn error(&self, line: &str, status: u8) {
         let line = one_line(line);
         let event = json!({"event": "error", "message": line, "status": status});
-        self.write(&if self.json { event.to_string() } else { format!("krg-vmm: {line}") });
+        self.write(&if self.json {
+            event.to_string()
+        } else {
+            format!("krg-vmm: {line}")
+        });
     }
 
     fn write(&self, line: &str) {

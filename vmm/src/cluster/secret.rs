@@ -58,17 +58,26 @@ impl Secret {
     /// # Errors
     /// When the file can't be read, is too short, or other users may read it.
     pub fn from_file(path: &Path) -> Result<Self, SecretError> {
-        let failed = |source| SecretError::Read { path: path.into(), source };
+        let failed = |source| SecretError::Read {
+            path: path.into(),
+            source,
+        };
         let file = File::open(path).map_err(failed)?;
         let mode = file.metadata().map_err(failed)?.mode() & 0o777;
         if mode & 0o077 != 0 {
-            return Err(SecretError::Open { path: path.into(), mode });
+            return Err(SecretError::Open {
+                path: path.into(),
+                mode,
+            });
         }
         let mut content = Vec::new();
         file.take(MAX_SECRET).read_to_end(&mut content).map_err(failed)?;
         let content = content.trim_ascii_end();
         if content.len() < MIN_SECRET {
-            return Err(SecretError::TooShort { path: path.into(), length: content.len() });
+            return Err(SecretError::TooShort {
+                path: path.into(),
+                length: content.len(),
+            });
         }
         Ok(Self(blake3::derive_key("krg-vmm 2026 cluster secret file", content)))
     }
@@ -151,9 +160,17 @@ mod tests {
     #[test]
     fn bad_files_are_refused() {
         let text = "0123456789abcdef0123456789abcdef";
-        assert!(matches!(Secret::from_file(file("short", 0o600).as_path()), Err(SecretError::TooShort { length: 5, .. })));
-        assert!(matches!(Secret::from_file(file(text, 0o644).as_path()), Err(SecretError::Open { mode: 0o644, .. })));
-        let missing = Secret::from_file(Path::new("/nonexistent/secret")).unwrap_err().to_string();
+        assert!(matches!(
+            Secret::from_file(file("short", 0o600).as_path()),
+            Err(SecretError::TooShort { length: 5, .. })
+        ));
+        assert!(matches!(
+            Secret::from_file(file(text, 0o644).as_path()),
+            Err(SecretError::Open { mode: 0o644, .. })
+        ));
+        let missing = Secret::from_file(Path::new("/nonexistent/secret"))
+            .unwrap_err()
+            .to_string();
         assert!(missing.contains("ENOENT"), "{missing}");
     }
 

@@ -53,7 +53,12 @@ enum Heard {
 impl Ends {
     /// Nothing heard yet of the nodes on hosts `names`.
     pub fn new(names: Vec<String>) -> Self {
-        Self { nodes: names.iter().map(|_| None).collect(), order: Vec::new(), names, told: false }
+        Self {
+            nodes: names.iter().map(|_| None).collect(),
+            order: Vec::new(),
+            names,
+            told: false,
+        }
     }
 
     /// Node `node` says that it ended.
@@ -91,13 +96,18 @@ impl Ends {
 
     /// Whether every node said itself that it ended, so that all can run again.
     pub fn all_reported(&self) -> bool {
-        self.nodes.iter().all(|heard| matches!(heard, Some(Heard::Ended(_) | Heard::Obeyed)))
+        self.nodes
+            .iter()
+            .all(|heard| matches!(heard, Some(Heard::Ended(_) | Heard::Obeyed)))
     }
 
     /// Whether node 0, or some node and no other end so far, says that the guest ended by itself.
     pub fn guest_ended(&self) -> bool {
         let by_itself = |node: &usize| {
-            matches!(&self.nodes[*node], Some(Heard::Ended(NodeEnd::PowerOff | NodeEnd::Reset(_))))
+            matches!(
+                &self.nodes[*node],
+                Some(Heard::Ended(NodeEnd::PowerOff | NodeEnd::Reset(_)))
+            )
         };
         self.any() && (by_itself(&0) || self.order.iter().all(by_itself))
     }
@@ -109,7 +119,11 @@ impl Ends {
 
     /// The cause of it all; `None` while nothing was heard.
     pub fn verdict(&self) -> Option<Ending> {
-        let heard = || self.order.iter().filter_map(|node| Some((*node, self.nodes[*node].as_ref()?)));
+        let heard = || {
+            self.order
+                .iter()
+                .filter_map(|node| Some((*node, self.nodes[*node].as_ref()?)))
+        };
         let guest = |heard: &Heard| match heard {
             Heard::Ended(NodeEnd::PowerOff) => Some(Ending::PowerOff),
             Heard::Ended(NodeEnd::Reset(false)) => Some(Ending::Reset),
@@ -121,12 +135,18 @@ impl Ends {
             return Some(ending);
         }
         let lost = heard().find_map(|(node, heard)| match heard {
-            Heard::Lost(reason) => Some(Ending::Lost { node, reason: reason.clone() }),
+            Heard::Lost(reason) => Some(Ending::Lost {
+                node,
+                reason: reason.clone(),
+            }),
             Heard::Ended(_) | Heard::Obeyed => None,
         });
         let failed = || {
             heard().find_map(|(node, heard)| match heard {
-                Heard::Ended(NodeEnd::Failed(line)) => Some(Ending::Failed { node, line: line.clone() }),
+                Heard::Ended(NodeEnd::Failed(line)) => Some(Ending::Failed {
+                    node,
+                    line: line.clone(),
+                }),
                 _ => None,
             })
         };
@@ -138,10 +158,17 @@ impl Ends {
         };
         let blame = |(by, node): (usize, usize)| {
             let name = self.names.get(by).map_or("?", String::as_str);
-            Ending::Lost { node, reason: format!("node {by} ({name}) lost its connection to it") }
+            Ending::Lost {
+                node,
+                reason: format!("node {by} ({name}) lost its connection to it"),
+            }
         };
         // A peer that reported an end itself was alive: that report is only a consequence.
-        let silent = || reports().find(|(_, node)| self.nodes.get(*node).is_none_or(Option::is_none)).map(blame);
+        let silent = || {
+            reports()
+                .find(|(_, node)| self.nodes.get(*node).is_none_or(Option::is_none))
+                .map(blame)
+        };
         let stopped = || {
             heard().find_map(|(_, heard)| match heard {
                 Heard::Ended(NodeEnd::Stopped(reason)) => Some(Ending::Stopped(reason.clone())),
@@ -149,7 +176,11 @@ impl Ends {
             })
         };
         let others = || heard().find_map(|(_, heard)| guest(heard));
-        lost.or_else(failed).or_else(silent).or_else(stopped).or_else(|| reports().next().map(blame)).or_else(others)
+        lost.or_else(failed)
+            .or_else(silent)
+            .or_else(stopped)
+            .or_else(|| reports().next().map(blame))
+            .or_else(others)
     }
 }
 
@@ -178,7 +209,13 @@ mod tests {
         ends.ended(0, NodeEnd::PeerLost(1));
         ends.lost(2, "the connection was closed".into());
         ends.ended(1, NodeEnd::PeerLost(2));
-        assert_eq!(ends.verdict(), Some(Ending::Lost { node: 2, reason: "the connection was closed".into() }));
+        assert_eq!(
+            ends.verdict(),
+            Some(Ending::Lost {
+                node: 2,
+                reason: "the connection was closed".into()
+            })
+        );
     }
 
     #[test]
@@ -186,7 +223,9 @@ mod tests {
         let mut ends = three();
         ends.ended(0, NodeEnd::PeerLost(1));
         ends.ended(1, NodeEnd::PeerLost(2));
-        let Some(Ending::Lost { node: 2, reason }) = ends.verdict() else { panic!("{:?}", ends.verdict()) };
+        let Some(Ending::Lost { node: 2, reason }) = ends.verdict() else {
+            panic!("{:?}", ends.verdict())
+        };
         assert!(reason.contains("node 1 (b)"), "{reason}");
     }
 
@@ -196,7 +235,13 @@ mod tests {
         ends.ended(0, NodeEnd::PeerLost(1));
         ends.ended(1, NodeEnd::Failed("no memory".into()));
         ends.ended(2, NodeEnd::Stopped("told".into()));
-        assert_eq!(ends.verdict(), Some(Ending::Failed { node: 1, line: "no memory".into() }));
+        assert_eq!(
+            ends.verdict(),
+            Some(Ending::Failed {
+                node: 1,
+                line: "no memory".into()
+            })
+        );
         assert!(ends.all_reported());
     }
 
