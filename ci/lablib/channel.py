@@ -88,9 +88,18 @@ class Channel:
         return self.connection.fileno()
 
     def send(self, kind, body=b""):
-        """Sends one frame, waiting as long as the host takes no more."""
+        """Sends one short frame."""
         try:
             self.connection.sendall(frames.pack(kind, body))
+        except OSError as error:
+            raise LabError(f"{self.host.name}: connection lost ({error.strerror})") from None
+
+    def send_some(self, data):
+        """Sends as much of `data` as is taken at once; how many bytes."""
+        try:
+            return self.connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
         except OSError as error:
             raise LabError(f"{self.host.name}: connection lost ({error.strerror})") from None
 

@@ -11,12 +11,15 @@ import termios
 import time
 import tty
 
+from . import frames
 from .channel import Channel
 from .errors import LabError
 
 #: Exit status when the time is up, as timeout(1) has it.
 TIMED_OUT = 124
 CHUNK = 1 << 16
+#: Standard input is not read while more than this many bytes wait for the host.
+HIGH_WATER = 4 * CHUNK
 
 
 def command(words):
@@ -32,7 +35,7 @@ def raw_terminal(wanted):
         return
     saved = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed already is kept
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, saved)
@@ -47,6 +50,9 @@ class Execution:
         self.terminal = terminal
         self.deadline = time.monotonic() + timeout if timeout else None
         self.interrupts = 0
+        #: Frames to be sent. Sending never blocks: a host that waits for us to take its output
+        #: would take no input meanwhile.
+        self.out = bytearray()
         # Signals wake the loop through this pipe: their handlers run between Python instructions.
         self.wake, self.signalled = os.pipe()
         os.set_blocking(self.signalled, False)
@@ -66,19 +72,19 @@ class Execution:
         for number in os.read(self.wake, 64):
             if number == signal.SIGWINCH:
                 size = shutil.get_terminal_size()
-                self.channel.send(b"W", struct.pack("!HH", size.lines, size.columns))
+                self.out += frames.pack(b"W", struct.pack("!HH", size.lines, size.columns))
                 continue
             self.interrupts += 1
             if self.interrupts > 1 or number == signal.SIGHUP:
                 return 128 + number  # hanging up kills what does not want to end
-            self.channel.send(b"K", bytes([number]))
+            self.out += frames.pack(b"K", bytes([number]))
             # It may take its time to clean up, not for ever.
             self.deadline = min(self.deadline or float("inf"), time.monotonic() + 5)
         return None
 
     def forward_input(self):
         data = os.read(0, CHUNK)
-        self.channel.send(b"I", data)
+        self.out += frames.pack(b"I", data)
         self.input_open = bool(data)
 
     def relay(self):
@@ -87,8 +93,9 @@ class Execution:
             left = None if self.deadline is None else self.deadline - time.monotonic()
             if left is not None and left <= 0:
                 return 128 + signal.SIGINT if self.interrupts else TIMED_OUT
-            sources = [self.channel, self.wake] + ([0] if self.input_open else [])
-            readable, _, _ = select.select(sources, [], [], left)
+            wants_input = self.input_open and len(self.out) < HIGH_WATER
+            sources = [self.channel, self.wake] + ([0] if wants_input else [])
+            readable, writable, _ = select.select(sources, [self.channel] if self.out else [], [], left)
             if self.wake in readable and (status := self.forward_signals()) is not None:
                 return status
             if self.channel in readable:
@@ -97,8 +104,10 @@ class Execution:
                         return body[0]
                     if kind in (b"O", b"E"):
                         write_all(1 if kind == b"O" else 2, body)
-            if self.input_open and 0 in readable:
+            if 0 in readable:
                 self.forward_input()
+            if writable:
+                del self.out[:self.channel.send_some(self.out)]
 
 
 def write_all(fd, data):

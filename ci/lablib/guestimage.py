@@ -52,7 +52,8 @@ MASKED_GENERATORS = ["systemd-bless-boot-generator", "systemd-cryptsetup-generat
                      "systemd-rc-local-generator", "systemd-run-generator", "systemd-system-update-generator",
                      "systemd-sysv-generator", "systemd-veritysetup-generator"]
 #: The kernel's options in the boot menu. Every device is an event for udev: one UART is enough.
-OPTIONS = "console=ttyS0 8250.nr_uarts=1 quiet"
+#: The others let an emulated boot, many times slower than any machine, take its time.
+OPTIONS = "console=ttyS0 8250.nr_uarts=1 rootdelay=900 udev.event_timeout=3600 systemd.service_watchdogs=no quiet"
 
 
 def filesystem_id(key):
@@ -106,6 +107,8 @@ def configure(root, key):
     getty = root / "etc/systemd/system/serial-getty@ttyS0.service.d"
     getty.mkdir(parents=True)
     shutil.copy(SOURCE / "autologin.conf", getty)
+    (root / "etc/systemd/system.conf.d").mkdir()
+    shutil.copy(SOURCE / "timeouts.conf", root / "etc/systemd/system.conf.d")
     (root / "etc/systemd/system-generators").mkdir()
     for name in [f"system/{unit}" for unit in MASKED] + [f"system-generators/{name}" for name in MASKED_GENERATORS]:
         link = root / "etc/systemd" / name
@@ -180,7 +183,18 @@ def obtain(variant="minimal", kernel="cloud", extra=(), force=False):
         make_disk(root, folder / f"debian-{variant}.img", VARIANTS[variant]["size"], filesystem_id(key))
         shutil.rmtree(root)
 
-    return buildcache.obtain(GUEST_IMAGES, key, build, force) / f"debian-{variant}.img"
+    image = buildcache.obtain(GUEST_IMAGES, key, build, force) / f"debian-{variant}.img"
+    if not extra:
+        name = image.name if kernel == "cloud" else f"debian-{variant}-{kernel}.img"
+        publish(image, GUEST_IMAGES / name)
+    return image
+
+
+def publish(image, name):
+    """Makes `name` a link to the image: a path that stays, also inside the hosts."""
+    new = name.with_name(f".{name.name}.{os.getpid()}")
+    new.symlink_to(image.relative_to(name.parent))
+    new.replace(name)
 
 
 def copy(image, to):

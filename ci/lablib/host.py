@@ -82,8 +82,11 @@ class Host:
         """The socket of one of the agent's slots."""
         return self.folder / f"slot{number}"
 
-    def start(self, image, cpus, memory, namespace, saved=None):
-        """Starts the QEMU; with `saved`, from that saved state, stopped until `resume`."""
+    def start(self, image, cpus, memory, namespace, saved=None, bound=False):
+        """Starts the QEMU; with `saved`, from that saved state, stopped until `resume`.
+
+        With `bound` it ends with the thread that started it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = self.qemu(image, cpus, memory)
         argv += ["-netdev", network.netdev(self.index),
@@ -92,6 +95,8 @@ class Host:
         if saved:
             argv += ["-S", "-incoming", f"exec:cat '{saved}'"]
         argv = network.command(namespace, argv)
+        if bound:
+            argv = ["setpriv", "--pdeathsig", "KILL", "--", *argv]
         (self.folder / "qemu.json").write_text(json.dumps(argv, indent=1))
         with open(self.folder / "qemu.log", "w") as log:
             # A session of its own: Ctrl-C at the terminal is for the command, not for the hosts.

@@ -97,22 +97,19 @@ class Lab:
         finally:
             os.close(namespace)
 
+    def left(self):
+        """Every host that has a folder, whether or not a lab is known: a crash may have left it."""
+        folders = self.state.glob("h*") if self.state.is_dir() else []
+        return [Host(self.state, int(folder.name[1:])) for folder in folders if folder.name[1:].isdecimal()]
+
     def down(self):
         """Ends all hosts; the number that ran. Logs and the shared folder stay until the next up."""
-        try:
-            hosts = self.hosts()
-        except LabError:
-            return 0
-        count = sum(host.kill() for host in hosts)
+        count = sum(host.kill() for host in self.left())
         self.file.unlink(missing_ok=True)
         return count
 
     def clear(self):
         """Removes what the last lab left, except the shared folder."""
-        if not self.state.is_dir():
-            return
-        for entry in self.state.iterdir():
-            if re.fullmatch(r"h[0-9]+", entry.name):
-                # A lab whose start was cut off before its file was written is found here.
-                Host(self.state, int(entry.name[1:])).kill()
-                shutil.rmtree(entry, ignore_errors=True)
+        for host in self.left():
+            host.kill()
+            shutil.rmtree(host.folder, ignore_errors=True)

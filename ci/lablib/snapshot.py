@@ -41,7 +41,7 @@ def save(folder, image, cpus, memory):
     host = Host(place, 0)
     namespace = network.create(1)
     try:
-        host.start(image, cpus, memory, namespace)
+        host.start(image, cpus, memory, namespace, bound=True)
         host.await_agent(timeout=180)
         time.sleep(0.5)  # the agent sees the last connection go
         with host.qmp() as qmp:
