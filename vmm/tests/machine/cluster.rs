@@ -17,6 +17,7 @@ const BOOT_HANDLER: u64 = 0x10_1000;
 const SECOND_CODE: u64 = 0x8000;
 const SECOND_HANDLER: u64 = 0x8100;
 const SECOND_NMI: u64 = 0x8200;
+const SECOND_FLOOD: u64 = 0x8300;
 const IDT: u64 = 0x3000;
 
 /// The guest's counters, by address.
@@ -26,6 +27,7 @@ pub enum Count {
     Asked = 0x604,
     Answered = 0x608,
     Nmis = 0x60c,
+    Flood = 0x628,
 }
 
 #[derive(Clone, Default)]
@@ -138,9 +140,11 @@ impl Cluster {
         put(guest::SECOND, SECOND_CODE);
         put(guest::SECOND_HANDLER, SECOND_HANDLER);
         put(guest::SECOND_NMI, SECOND_NMI);
-        // Real-mode vectors: NMI and 0x40.
+        put(guest::SECOND_FLOOD, SECOND_FLOOD);
+        // Real-mode vectors: NMI, 0x40 and 0x41.
         put(&(SECOND_NMI as u32).to_le_bytes(), 2 * 4);
         put(&(SECOND_HANDLER as u32).to_le_bytes(), 0x40 * 4);
+        put(&(SECOND_FLOOD as u32).to_le_bytes(), 0x41 * 4);
         // Interrupt gate of vector 0x50 and the IDT register.
         let mut gate = [0u8; 16];
         gate[..2].copy_from_slice(&BOOT_HANDLER.to_le_bytes()[..2]);
