@@ -45,13 +45,16 @@ impl Image {
             unreadable: Vec::new(),
         };
         let whole = Window::new(&source, 0, u64::MAX);
-        // A file system without partition table first: FAT's boot sector looks like an MBR. A disk
-        // with a table has no file system's magic number at these places.
-        if let Some(kind) = probe(&whole).filter(|_| has_no_gpt(&source)) {
+        // FAT's boot sector looks like an MBR, so it counts first, unless there is a GPT; any other file
+        // system's magic number may be left over from before the disk was partitioned.
+        let bare = probe(&whole);
+        let found = match bare {
+            Some(Kind::Fat) if has_no_gpt(&source) => Vec::new(),
+            _ => partitions(&mut source.borrow_mut()),
+        };
+        if let (Some(kind), true) = (bare, found.is_empty()) {
             image.add("the disk", None, kind, whole);
-            return image;
         }
-        let found = partitions(&mut source.borrow_mut());
         for partition in found {
             let window = Window::new(&source, partition.start, partition.len);
             let place = format!("partition {}", partition.number);
@@ -102,7 +105,7 @@ impl Image {
     }
 }
 
-/// Whether the disk lacks a GPT: with one, whatever lies at a file system's places is none.
+/// Whether the disk lacks a GPT, at either sector size.
 fn has_no_gpt(source: &Rc<RefCell<Source>>) -> bool {
     let mut magic = [0; 8];
     let mut source = source.borrow_mut();

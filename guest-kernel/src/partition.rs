@@ -216,7 +216,8 @@ mod tests {
             len: 8 * 512,
             uuid: "13121110-1514-1716-1819-1a1b1c1d1e1f".into(),
         };
-        assert_eq!(read(image.clone()), [expected.clone()]);
+        let found = read(image.clone());
+        assert_eq!(found, std::slice::from_ref(&expected));
         image[512 + 16] ^= 1;
         assert_eq!(read(image.clone()), [expected]);
         image[63 * 512 + 80] = 9;

@@ -201,7 +201,7 @@ mod tests {
                 own_roots: true,
                 ..Builder::new(64 << 20)
             };
-            let guest = builder.build(4, |asm, vcpu| done(asm, vcpu)).unwrap();
+            let guest = builder.build(4, done).unwrap();
             let mut end = builder.base;
             for (at, bytes) in &guest.writes {
                 assert!(*at >= end, "{at:#x} overlaps what ends at {end:#x}");
@@ -218,15 +218,9 @@ mod tests {
             end: 0x1_2000,
             ..Builder::new(64 << 20)
         };
-        assert!(matches!(
-            small.build(1, |asm, vcpu| done(asm, vcpu)),
-            Err(MicroError::TooLarge { .. })
-        ));
+        assert!(matches!(small.build(1, done), Err(MicroError::TooLarge { .. })));
         for (builder, vcpus) in [(Builder::new(1 << 20), 1), (Builder::new(64 << 20), 0)] {
-            assert!(matches!(
-                builder.build(vcpus, |asm, vcpu| done(asm, vcpu)),
-                Err(MicroError::Parameter(_))
-            ));
+            assert!(matches!(builder.build(vcpus, done), Err(MicroError::Parameter(_))));
         }
     }
 }

@@ -49,7 +49,7 @@ pub(super) fn page_tables(builder: &Builder, layout: &mut Layout, vcpus: usize) 
         PageSize::Large => (2 << 20, leaf | LARGE),
     };
     // From the leaves up: the entries of one level are the tables of the level below.
-    let mut entries: Vec<u64> = (0..builder.memory / step).map(|index| index * step | leaf).collect();
+    let mut entries: Vec<u64> = (0..builder.memory / step).map(|index| (index * step) | leaf).collect();
     let levels_above = if builder.page_size == PageSize::Small { 3 } else { 2 };
     for _ in 0..levels_above {
         entries = entries

@@ -35,7 +35,7 @@ fn outcomes(litmus: &Litmus, buffered: bool) -> HashSet<usize> {
             threads[..thread]
                 .iter()
                 .flat_map(|ops| ops.iter())
-                .filter(|op| is_load(op))
+                .filter(is_load)
                 .count()
         })
         .collect();
@@ -73,7 +73,7 @@ fn outcomes(litmus: &Litmus, buffered: bool) -> HashSet<usize> {
                 Op::Store(variable) if buffered => next.buffers[thread].push(variable),
                 Op::Store(variable) => next.memory[variable] = true,
                 Op::Load(variable) => {
-                    let load = loads_before[thread] + ops[..state.at[thread]].iter().filter(|op| is_load(op)).count();
+                    let load = loads_before[thread] + ops[..state.at[thread]].iter().filter(is_load).count();
                     // The thread's own stores are seen in its buffer.
                     let new = state.buffers[thread].contains(&variable) || state.memory[variable];
                     next.outcome |= usize::from(new) << load;

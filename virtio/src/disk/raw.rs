@@ -116,7 +116,7 @@ pub(super) fn zero_file(file: &File, offset: u64, len: u64, unmap: bool) -> std:
     if fallocate(file, mode, true, offset, len).is_ok() {
         return Ok(());
     }
-    const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
     let end = offset + len;
     let mut at = offset;
     while at < end {
