@@ -47,7 +47,7 @@ class Lab:
             raise LabError(f"--mem {memory}: a number with M or G is needed, as in 2G")
         if os.geteuid():
             raise LabError("lab: needs root, for its network namespace")
-        with buildcache.exclusive(self.state.with_name(self.state.name + ".lock")):
+        with buildcache.exclusive(self.state / "lock"):
             if self.file.exists() and any(host.pid() for host in self.hosts()):
                 raise LabError("a lab is up already; end it with: ci/lab down")
             self.clear()
