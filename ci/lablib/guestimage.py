@@ -53,7 +53,7 @@ MASKED_GENERATORS = ["systemd-bless-boot-generator", "systemd-cryptsetup-generat
                      "systemd-sysv-generator", "systemd-veritysetup-generator"]
 #: The kernel's options in the boot menu. Every device is an event for udev: one UART is enough.
 #: The others let an emulated boot, many times slower than any machine, take its time.
-OPTIONS = "console=ttyS0 8250.nr_uarts=1 rootdelay=900 udev.event_timeout=3600 systemd.service_watchdogs=no quiet"
+OPTIONS = "console=ttyS0 8250.nr_uarts=1 udev.event_timeout=3600 systemd.service_watchdogs=no quiet"
 
 
 def filesystem_id(key):
