@@ -20,6 +20,9 @@ fn words(needs: &Needs) -> Vec<String> {
         format!("tsc_early_khz={}", needs.tsc_khz),
         // The TSCs of all vCPUs are set together; a watchdog would need another clock.
         "tsc=reliable".to_owned(),
+        // What udelay() counts with; a CPU in a package of its own would measure it, tick by tick. For 250
+        // ticks a second: a kernel with more of them waits longer than it means to, which is safe.
+        format!("lpj={}", u64::from(needs.tsc_khz) * 4),
         // There is no timer interrupt on the IOAPIC to check.
         "no_timer_check".to_owned(),
     ];
@@ -62,7 +65,7 @@ mod tests {
         let line = complete("root=/dev/vda1 ro console=tty0 tsc=unstable", &needs);
         assert_eq!(
             line,
-            "root=/dev/vda1 ro console=tty0 tsc=unstable tsc_early_khz=2000000 no_timer_check"
+            "root=/dev/vda1 ro console=tty0 tsc=unstable tsc_early_khz=2000000 lpj=8000000 no_timer_check"
         );
         assert!(complete("", &needs).starts_with("console=ttyS0 "));
     }

@@ -12,6 +12,7 @@ mod counters;
 pub mod cpuid;
 pub mod cpuid_common;
 mod dsdt;
+pub mod emulated;
 mod error;
 mod fabric;
 mod ioapic;
@@ -103,11 +104,14 @@ impl Machine {
         check(&placement, node, &memory)?;
         kick::install()?;
         let kvm = kvm::open()?;
-        let common = if cpuid.is_empty() {
+        let mut common = if cpuid.is_empty() {
             kvm::supported_cpuid(&kvm)?
         } else {
             cpuid
         };
+        if emulated::by_qemu() {
+            emulated::hide_xsave(&mut common);
+        }
         let vm = kvm::Vm::new(&kvm, memory)?;
         let count = placement.cpus();
         let counters: Arc<Vec<Counters>> = Arc::new((0..count).map(|_| Counters::default()).collect());

@@ -32,6 +32,9 @@ use super::vcpu::{Vcpu, fail};
 
 /// Vector of the NMI's stub.
 const NMI_VECTOR: u16 = 2;
+/// Kicks a drain may take: it runs a handful of instructions, and a stopping machine kicks once a
+/// millisecond. A proxy that exceeds this runs something other than the stubs.
+const MAX_KICKS: u32 = 2000;
 /// Vectors below are the CPU's own: one of them in a stub is a fault of this program.
 const FIRST_INTERRUPT: u16 = 32;
 
@@ -129,6 +132,7 @@ impl Proxy<'_> {
         Counters::count(&self.context.counters.drains);
         self.guard_startup()?;
         self.vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)?;
+        let mut kicks = 0;
         loop {
             match self.enter()? {
                 Outcome::Port(stub::EMPTY_PORT) => return self.park(),
@@ -143,6 +147,10 @@ impl Proxy<'_> {
                 Outcome::Kicked | Outcome::Event => {
                     if self.vcpu.mp_state()? == KVM_MP_STATE_INIT_RECEIVED {
                         return self.init_received();
+                    }
+                    kicks += 1;
+                    if kicks > MAX_KICKS {
+                        return Err(self.lost("no end to a stub".into()));
                     }
                 }
                 Outcome::Trapped => {
