@@ -105,7 +105,11 @@ class Console:
         """Waits for root's shell on a booting guest and makes it quiet and plain."""
         self.expect(r"^root@[^\n]*[#] ?$|^[^\n]* login: ?$", timeout)
         if self.text[:self.seen].rstrip().endswith("login:"):
-            self.send("root\n")
+            # An automatic login writes the same prompt, and may be slow to answer it itself.
+            try:
+                self.expect(r"automatic login", 20)
+            except ConsoleTimeout:
+                self.send("root\n")
             self.expect(r"^root@[^\n]*[#] ?$", timeout)
         # No echo, no editing, no prompt: then all output is the commands' own. The answer is
         # computed by the shell, so that the echo of this very line can't be taken for it.
