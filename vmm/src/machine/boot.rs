@@ -240,8 +240,8 @@ pub fn write_tables(memory: &GuestMemoryMmap<()>) -> Result<(), MachineError> {
         put(*descriptor, BOOT_GDT + 8 * slot as u64)?;
     }
     // Present, writable, accessed, dirty.
-    put(BOOT_PAGE_TABLES + PAGE | 0x63, BOOT_PAGE_TABLES)?;
-    put(BOOT_PAGE_TABLES + 2 * PAGE | 0x63, BOOT_PAGE_TABLES + PAGE)?;
+    put((BOOT_PAGE_TABLES + PAGE) | 0x63, BOOT_PAGE_TABLES)?;
+    put((BOOT_PAGE_TABLES + 2 * PAGE) | 0x63, BOOT_PAGE_TABLES + PAGE)?;
     (0..512).try_for_each(|i| put(i << 21 | 0xe3, BOOT_PAGE_TABLES + 2 * PAGE + 8 * i))
 }
 

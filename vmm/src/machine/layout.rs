@@ -91,8 +91,9 @@ mod tests {
 
     #[test]
     fn ram_goes_around_the_hole() {
-        assert_eq!(ram_ranges(GIB), [0..GIB]);
-        assert_eq!(ram_ranges(3 * GIB), [0..3 * GIB]);
+        let single = |end| std::iter::once(0..end).collect::<Vec<_>>();
+        assert_eq!(ram_ranges(GIB), single(GIB));
+        assert_eq!(ram_ranges(3 * GIB), single(3 * GIB));
         assert_eq!(ram_ranges(5 * GIB), [0..3 * GIB, 4 * GIB..6 * GIB]);
     }
 

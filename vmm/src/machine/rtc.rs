@@ -50,7 +50,7 @@ fn register(index: u8, now: u64) -> u8 {
         0x0d => return 0x80,
         _ => return 0,
     };
-    ((value / 10 % 10) << 4 | value % 10) as u8
+    (((value / 10 % 10) << 4) | (value % 10)) as u8
 }
 
 /// Year, month and day of a day counted from 1 January 1970, in the Gregorian calendar. Counts

@@ -85,7 +85,7 @@ impl Drop for StubMemory {
 fn image() -> Vec<u8> {
     let mut image = vec![0; SIZE];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    let table = |offset: usize| (STUB.start + offset as u64 | 0x63).to_le_bytes();
+    let table = |offset: usize| ((STUB.start + offset as u64) | 0x63).to_le_bytes();
     let index = |shift: u32| (STUB.start >> shift & 511) as usize * 8;
     // Present, writable, accessed, dirty: walks leave the tables alone.
     put(PML4 + index(39), &table(PDPT));
