@@ -26,7 +26,7 @@ ROOT_TYPE = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"
 
 PACKAGES = ["initramfs-tools", "lz4", "systemd", "systemd-sysv", "udev", "kmod", "procps", "iproute2", "util-linux",
             "login", "passwd", "e2fsprogs"]
-#: The C project that the variant build brings: Lua, 34 files of C, about 4 s on one CPU.
+#: The C project that the variant build brings: Lua, 34 files of C; on one CPU 8 s at -O2, 3 s at -O0.
 PROJECT = "lua5.4"
 VARIANTS = {
     "minimal": {"packages": [], "size": 1 << 30, "hooks": []},
