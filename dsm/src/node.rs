@@ -84,6 +84,8 @@ struct State {
     out: Output<PAGE_WORDS>,
     encoded: Vec<u8>,
     roots_asked: Instant,
+    /// Faults answered, by page.
+    heat: Vec<u32>,
 }
 
 /// The shared memory of one node.
@@ -139,8 +141,9 @@ impl Dsm {
         if let Some(bug) = start.bug {
             engine.plant(bug);
         }
-        let (out, encoded) = (Output::default(), Vec::new());
-        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked: Instant::now() });
+        let heat = vec![0; self.ram.pages() as usize];
+        let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
+        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked, heat });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -172,6 +175,16 @@ impl Dsm {
     /// Counters of the protocol here, and the replicas held; `None` before the start.
     pub fn counters(&self) -> Option<(Counters, usize)> {
         self.lock().as_ref().map(|s| (s.engine.counters(), s.engine.replicas()))
+    }
+
+    /// The pages most faults were about: (guest-physical address, faults here), hottest first.
+    pub fn hottest(&self, count: usize) -> Vec<(u64, u32)> {
+        let guard = self.lock();
+        let Some(state) = guard.as_ref() else { return Vec::new() };
+        let mut pages: Vec<(u32, u32)> =
+            state.heat.iter().enumerate().filter(|(_, n)| **n > 1).map(|(page, n)| (*n, page as u32)).collect();
+        pages.sort_unstable_by(|a, b| b.cmp(a));
+        pages.into_iter().take(count).filter_map(|(n, page)| Some((self.ram.gpa_of(page)?, n))).collect()
     }
 
     /// What went to and came from a peer.
@@ -232,7 +245,12 @@ impl Dsm {
             guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         let Some(state) = guard.as_mut() else { return };
-        let State { engine, memory, out, encoded, roots_asked } = state;
+        let State { engine, memory, out, encoded, roots_asked, heat } = state;
+        if let Input::Fault { page, .. } = input {
+            if let Some(count) = heat.get_mut(page as usize) {
+                *count = count.saturating_add(1);
+            }
+        }
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
             result = Err(DsmError::Memory(error));

@@ -4,6 +4,7 @@
 //! peers; [`run`] then builds memory, machine and devices and runs until the machine ends.
 
 mod boot;
+mod console;
 mod devices;
 mod fabric;
 mod report;
@@ -12,7 +13,6 @@ mod single;
 mod tsc;
 mod wire;
 
-use std::io::Write;
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -167,20 +167,6 @@ fn forward<T: Send + 'static>(from: Receiver<T>, to: Sender<Happening>, wrap: fn
             }
         }
     });
-}
-
-/// The console's way out, as a [`Write`].
-struct Console(Arc<dyn NodeOutput>);
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.console(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 fn end_of(end: End) -> NodeEnd {

@@ -56,3 +56,14 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
     }
     output.event(&line, figures);
 }
+
+/// Logs what the shared memory did so far, and its hottest pages.
+pub(super) fn progress(dsm: &Dsm) {
+    if !tracing::enabled!(tracing::Level::INFO) {
+        return;
+    }
+    if let Some((counters, replicas)) = dsm.counters() {
+        let hottest: Vec<_> = dsm.hottest(12).into_iter().map(|(gpa, n)| format!("{gpa:#x}:{n}")).collect();
+        tracing::info!(?counters, replicas, hottest = hottest.join(" "), "shared memory");
+    }
+}

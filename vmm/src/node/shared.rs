@@ -17,9 +17,10 @@ use krg_dsm::transport::{Config, PeerEvent, TcpTransport, Transport};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::console::Console;
 use super::fabric::Cluster;
 use super::{
-    Console, Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables, boot, devices, end_of, forward, report, tsc,
+    Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables, boot, devices, end_of, forward, report, tsc,
 };
 use crate::cluster::offer;
 use crate::machine::layout::ram_ranges;
@@ -27,6 +28,9 @@ use crate::machine::{Machine, MachineConfig};
 
 /// Longest wait for the others while starting. Loading a large image takes node 0 a while.
 const START_LIMIT: Duration = Duration::from_secs(120);
+
+/// Counters are logged this often (KRG_LOG=info).
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Messages while starting and ending, outside the protocol's order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,7 +90,7 @@ pub(super) fn run(
         node: spec.node,
         tsc_khz: spec.tsc_khz,
         cpuid: spec.cpuid.clone(),
-        console: Box::new(Console(Arc::clone(output))),
+        console: Box::new(Console::new(Arc::clone(output))),
         ends,
     };
     let machine = Machine::new(config, ram.memory().clone(), cluster.clone()).map_err(|e| e.to_string())?;
@@ -307,7 +311,7 @@ impl Node<'_> {
     /// Until the machine ends.
     fn wait(&self) -> NodeEnd {
         loop {
-            match self.happenings.recv() {
+            match self.happenings.recv_timeout(REPORT_INTERVAL) {
                 Ok(Happening::Setup(from, bytes)) => match serde_json::from_slice(&bytes) {
                     Ok(Setup::Ended) => return NodeEnd::Stopped(format!("node {from} has ended")),
                     Ok(Setup::Clock) if self.spec.node == 0 => self.tell(from, &Setup::Tsc(tsc::read())),
@@ -318,7 +322,8 @@ impl Node<'_> {
                         return end;
                     }
                 }
-                Err(_) => return NodeEnd::Stopped("the front end is gone".into()),
+                Err(RecvTimeoutError::Timeout) => report::progress(&self.dsm),
+                Err(RecvTimeoutError::Disconnected) => return NodeEnd::Stopped("the front end is gone".into()),
             }
         }
     }

@@ -5,8 +5,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use krg_dsm::memory::GuestRam;
 
+use super::console::Console;
 use super::fabric::Alone;
-use super::{Console, Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, report};
+use super::{Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, report};
 use crate::machine::layout::ram_ranges;
 use crate::machine::{Machine, MachineConfig};
 
@@ -20,7 +21,7 @@ pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn 
         node: 0,
         tsc_khz: spec.tsc_khz,
         cpuid: spec.cpuid.clone(),
-        console: Box::new(Console(Arc::clone(output))),
+        console: Box::new(Console::new(Arc::clone(output))),
         ends,
     };
     let machine = Machine::new(config, ram.memory().clone(), Arc::new(Alone)).map_err(|e| e.to_string())?;
