@@ -4,5 +4,6 @@ pub mod clock;
 mod errno;
 pub mod memory;
 pub mod node;
+mod priority;
 pub mod transport;
 pub mod protocol;

@@ -5,6 +5,7 @@
 //! is released, so the order of messages is the order of the engine's steps. Machine messages are
 //! delivered after that, outside the lock.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -86,6 +87,18 @@ struct State {
     roots_asked: Instant,
     /// Faults answered, by page.
     heat: Vec<u32>,
+    /// Pages this node waits for, since when.
+    waiting: HashMap<u32, Instant>,
+    waited: Waited,
+}
+
+/// How long faults took from the event's arrival here to the page's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Faults that needed another node, or home.
+    pub faults: u64,
+    /// Sum of their times.
+    pub total: Duration,
 }
 
 /// The shared memory of one node.
@@ -143,7 +156,7 @@ impl Dsm {
         }
         let heat = vec![0; self.ram.pages() as usize];
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked, heat });
+        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -175,6 +188,11 @@ impl Dsm {
     /// Counters of the protocol here, and the replicas held; `None` before the start.
     pub fn counters(&self) -> Option<(Counters, usize)> {
         self.lock().as_ref().map(|s| (s.engine.counters(), s.engine.replicas()))
+    }
+
+    /// How long this node's faults took.
+    pub fn waited(&self) -> Waited {
+        self.lock().as_ref().map(|s| s.waited).unwrap_or_default()
     }
 
     /// The pages most faults were about: (guest-physical address, faults here), hottest first.
@@ -221,6 +239,7 @@ impl Dsm {
     }
 
     fn answer_faults(&self, mut source: FaultSource) {
+        crate::priority::raise();
         let mut faults = Vec::new();
         loop {
             match source.next_batch(&mut faults) {
@@ -245,10 +264,13 @@ impl Dsm {
             guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         let Some(state) = guard.as_mut() else { return };
-        let State { engine, memory, out, encoded, roots_asked, heat } = state;
+        let State { engine, memory, out, encoded, roots_asked, heat, waiting, waited } = state;
         if let Input::Fault { page, .. } = input {
             if let Some(count) = heat.get_mut(page as usize) {
                 *count = count.saturating_add(1);
+            }
+            if !engine.is_pending(page) {
+                waiting.insert(page, Instant::now());
             }
         }
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
@@ -261,6 +283,12 @@ impl Dsm {
             if let Err(error) = self.transport.send(usize::from(to), PROTOCOL, &[encoded]) {
                 // The transport tells of a lost peer by an event; anything else is our own fault.
                 tracing::debug!(%error, "a protocol message was not sent");
+            }
+        }
+        for page in out.completed.drain(..) {
+            if let Some(since) = waiting.remove(&page) {
+                waited.faults += 1;
+                waited.total += since.elapsed();
             }
         }
         let deliver = std::mem::take(&mut out.deliver);

@@ -1,6 +1,6 @@
 //! The home role: who has which page of those homed here.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 use super::engine::{Access, Engine, Output, ProtocolError};
@@ -33,7 +33,7 @@ struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Busy {
     /// A request by this node: until its Done, or the owner's Promote.
-    Request { by: NodeId },
+    Request { by: NodeId, owner: NodeId },
     /// A replica is taken back from these nodes, for `owner` (`None`: for home itself).
     Demotion { owner: Option<NodeId>, waiting: u64, changes: Vec<Change> },
 }
@@ -53,6 +53,9 @@ pub(super) struct Directory<const W: usize> {
     busy: BTreeMap<u32, Busy>,
     queues: BTreeMap<u32, VecDeque<Request>>,
     masters: BTreeMap<u32, Master<W>>,
+    /// Pages that a node reads and then writes while nobody else reads them: the next reader is given
+    /// the page to write at once. Locks and counters are such pages.
+    migratory: BTreeSet<u32>,
 }
 
 fn bit(node: NodeId) -> u64 {
@@ -67,7 +70,7 @@ impl<const W: usize> Directory<W> {
         for page in preloaded.iter().cloned().flatten().filter(|&p| geometry.home(p) == me) {
             places[(page - first) as usize] = Place::Owned { owner: 0, sharers: 0 };
         }
-        Directory { first, places, busy: BTreeMap::new(), queues: BTreeMap::new(), masters: BTreeMap::new() }
+        Directory { first, places, busy: BTreeMap::new(), queues: BTreeMap::new(), masters: BTreeMap::new(), migratory: BTreeSet::new() }
     }
 
     pub(super) fn quiet(&self) -> bool {
@@ -144,11 +147,20 @@ impl<const W: usize> Engine<W> {
                 }
                 let acks = drop.count_ones() as u8;
                 // Home need not wait if all that follows reaches the requester through home, in order.
-                let done = acks > 0 || from == self.me || (!has_copy && owner != self.me);
-                if done || !has_copy {
-                    self.directory.busy.insert(page, Busy::Request { by: from });
+                if has_copy && owner != from {
+                    // It read the page, and now writes it: one reader, and the next writer.
+                    if sharers == bit(from) {
+                        self.directory.migratory.insert(page);
+                    } else {
+                        self.directory.migratory.remove(&page);
+                    }
                 }
-                *self.directory.place(page) = if write {
+                let migratory = !write && sharers == 0 && self.directory.migratory.contains(&page);
+                let done = acks > 0 || migratory || from == self.me || (!has_copy && owner != self.me);
+                if done || !has_copy {
+                    self.directory.busy.insert(page, Busy::Request { by: from, owner });
+                }
+                *self.directory.place(page) = if write || migratory {
                     Place::Owned { owner: from, sharers: 0 }
                 } else {
                     Place::Owned { owner, sharers: sharers | bit(from) }
@@ -160,7 +172,7 @@ impl<const W: usize> Engine<W> {
                     self.send(from, Message::Grant { page, zero: false, acks, done }, memory, out);
                 } else {
                     let alone = sharers == 0;
-                    let fetch = Message::Fetch { page, requester: from, write, acks, alone, table, done };
+                    let fetch = Message::Fetch { page, requester: from, write, acks, alone, table, done, migratory };
                     self.send(owner, fetch, memory, out);
                 }
             }
@@ -187,14 +199,20 @@ impl<const W: usize> Engine<W> {
         &mut self,
         from: NodeId,
         page: u32,
+        shared: bool,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Done")?;
-        if self.directory.busy.get(&page) != Some(&Busy::Request { by: from }) {
-            return Err(ProtocolError { from, what: "a Done nobody waits for", page });
-        }
+        let owner = match self.directory.busy.get(&page) {
+            Some(Busy::Request { by, owner }) if *by == from => *owner,
+            _ => return Err(ProtocolError { from, what: "a Done nobody waits for", page }),
+        };
         self.directory.busy.remove(&page);
+        if shared && owner != from {
+            self.directory.migratory.remove(&page);
+            *self.directory.place(page) = Place::Owned { owner, sharers: bit(from) };
+        }
         self.serve_next(page, memory, out)
     }
 
@@ -235,7 +253,7 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Promote")?;
-        let expected = self.directory.busy.get(&page) == Some(&Busy::Request { by: requester });
+        let expected = matches!(self.directory.busy.get(&page), Some(Busy::Request { by, .. }) if *by == requester);
         if !expected || from == requester || !(1..=pte::ROOT_LEVEL).contains(&level) {
             return Err(ProtocolError { from, what: "a Promote nobody asked for", page });
         }
@@ -330,7 +348,7 @@ impl<const W: usize> Engine<W> {
             let owner = next.map_or(self.me, |r| r.from);
             *self.directory.place(page) = Place::Owned { owner, sharers: 0 };
             if next.is_some() {
-                self.send(owner, Message::Data { page, write: true, acks: 0, done: false, data }, memory, out);
+                self.send(owner, Message::Data { page, write: true, acks: 0, done: false, migratory: false, data }, memory, out);
             } else {
                 memory.install(page, &data, true);
                 self.access[page as usize] = Access::Exclusive;

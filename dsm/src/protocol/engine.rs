@@ -37,7 +37,7 @@ pub(super) struct Pending<const W: usize> {
 /// How home (or the owner) answered.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Answer<const W: usize> {
-    Data { write: bool, done: bool, data: Box<PageData<W>> },
+    Data { write: bool, done: bool, migratory: bool, data: Box<PageData<W>> },
     Zero { done: bool },
     Upgrade { done: bool },
 }
@@ -62,6 +62,8 @@ pub struct Output<const W: usize> {
     pub sends: Vec<(NodeId, Message<W>)>,
     /// Machine messages that arrived: (from, bytes).
     pub deliver: Vec<(NodeId, Vec<u8>)>,
+    /// Pages whose requests are complete.
+    pub completed: Vec<u32>,
     /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
     pub want_roots: bool,
 }
@@ -122,6 +124,9 @@ pub struct Engine<const W: usize> {
     pub(super) directory: Directory<W>,
     pub(super) tables: Tables<W>,
     pub(super) fence: Fence<W>,
+    /// What migratory pages held (as a hash) when they were given here: a page given away again
+    /// unchanged was only read.
+    pub(super) given: BTreeMap<u32, u64>,
     /// Times each page was taken away from here: saturating.
     pub(super) lost: Vec<u8>,
     pub(super) loopback: VecDeque<Message<W>>,
@@ -151,6 +156,7 @@ impl<const W: usize> Engine<W> {
             pending: BTreeMap::new(),
             tables: Tables::new(image),
             fence: Fence::default(),
+            given: BTreeMap::new(),
             lost: vec![0; pages],
             loopback: VecDeque::new(),
             counters: Counters::default(),
@@ -175,6 +181,11 @@ impl<const W: usize> Engine<W> {
     /// What this node may do with a page that exists.
     pub fn access(&self, page: u32) -> Access {
         self.access[page as usize]
+    }
+
+    /// Whether this node waits for a page.
+    pub fn is_pending(&self, page: u32) -> bool {
+        self.pending.contains_key(&page)
     }
 
     /// Requests of this node that are not complete.
@@ -284,13 +295,13 @@ impl<const W: usize> Engine<W> {
         match message {
             Message::Machine(bytes) => out.deliver.push((from, bytes)),
             Message::Get { page, write, table } => self.home_get(from, page, write, table, memory, out)?,
-            Message::Done { page } => self.home_done(from, page, memory, out)?,
+            Message::Done { page, shared } => self.home_done(from, page, shared, memory, out)?,
             Message::Promote { page, requester, level, data } => {
                 self.home_promote(from, page, requester, level, data, memory, out)?;
             }
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
-            Message::Fetch { page, requester, write, acks, alone, table, done } => {
+            Message::Fetch { page, requester, write, acks, alone, table, done, migratory } => {
                 if from != self.geometry.home(page) || usize::from(requester) >= self.geometry.nodes() {
                     return bad("Fetch", page);
                 }
@@ -299,7 +310,7 @@ impl<const W: usize> Engine<W> {
                 }
                 let promoted = self.replicate && alone && self.promote(page, requester, table, memory, out);
                 if !promoted {
-                    self.yield_page(page, requester, write, acks, done, memory, out);
+                    self.yield_page(page, requester, Yield { write, acks, done, migratory }, memory, out);
                     if from == self.me && !done {
                         self.home_sent(page, memory, out)?;
                     }
@@ -323,8 +334,8 @@ impl<const W: usize> Engine<W> {
                 self.counters.invalidations += 1;
                 self.send(requester, Message::InvalidateAck { page }, memory, out);
             }
-            Message::Data { page, write, acks, done, data } => {
-                let answer = Answer::Data { write, done, data };
+            Message::Data { page, write, acks, done, migratory, data } => {
+                let answer = Answer::Data { write, done, migratory, data };
                 self.answer(from, page, acks, answer, memory, out)?;
             }
             Message::Grant { page, zero, acks, done } => {
@@ -345,6 +356,7 @@ impl<const W: usize> Engine<W> {
                     return bad("Replica", page);
                 }
                 self.counters.pages_in += 1;
+                out.completed.push(page);
                 memory.install(page, &data, true);
                 self.access[page as usize] = Access::Replicated;
                 self.tables.insert(&self.geometry, page, level, data);
@@ -390,14 +402,11 @@ impl<const W: usize> Engine<W> {
     }
 
     /// As owner: sends the page to `requester`, keeping a read-only copy if it only reads.
-    #[allow(clippy::too_many_arguments)]
     fn yield_page(
         &mut self,
         page: u32,
         requester: NodeId,
-        write: bool,
-        acks: u8,
-        done: bool,
+        how: Yield,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) {
@@ -410,13 +419,16 @@ impl<const W: usize> Engine<W> {
             self.access[page as usize] = Access::Shared;
         }
         let data = memory.read(page);
+        let Yield { acks, done, migratory, .. } = how;
+        let only_read = self.given.remove(&page).is_some_and(|hash| hash == hash_of(&data));
+        let write = how.write || (migratory && !only_read);
         if write {
             memory.discard(page);
             self.access[page as usize] = Access::Invalid;
             self.note_lost(page, out);
         }
         self.counters.pages_out += 1;
-        let message = Message::Data { page, write, acks, done, data };
+        let message = Message::Data { page, write, acks, done, migratory, data };
         if self.bug == Some(Bug::MergeBeforeFreeze) {
             return out.sends.push((requester, message));
         }
@@ -424,6 +436,7 @@ impl<const W: usize> Engine<W> {
     }
 
     fn note_lost(&mut self, page: u32, out: &mut Output<W>) {
+        self.given.remove(&page);
         let lost = &mut self.lost[page as usize];
         *lost = lost.saturating_add(1);
         out.want_roots |= self.replicate && *lost >= 2;
@@ -461,6 +474,8 @@ impl<const W: usize> Engine<W> {
             return Ok(());
         }
         let pending = self.pending.remove(&page).expect("just seen");
+        out.completed.push(page);
+        let mut shared = false;
         let access = &mut self.access[page as usize];
         let done = match (pending.answer.expect("just seen"), *access) {
             (Answer::Zero { done }, Access::Invalid) => {
@@ -469,8 +484,12 @@ impl<const W: usize> Engine<W> {
                 *access = Access::Exclusive;
                 done
             }
-            (Answer::Data { write, done, data }, Access::Invalid) => {
+            (Answer::Data { write, done, migratory, data }, Access::Invalid) => {
                 self.counters.pages_in += 1;
+                shared = migratory && !write;
+                if migratory && write {
+                    self.given.insert(page, hash_of(&data));
+                }
                 memory.install(page, &data, write);
                 *access = if write { Access::Exclusive } else { Access::Shared };
                 done
@@ -483,7 +502,7 @@ impl<const W: usize> Engine<W> {
             _ => return Err(ProtocolError { from, what: "an answer that does not fit", page }),
         };
         if done {
-            self.send(self.geometry.home(page), Message::Done { page }, memory, out);
+            self.send(self.geometry.home(page), Message::Done { page, shared }, memory, out);
         }
         Ok(())
     }
@@ -501,11 +520,24 @@ impl<const W: usize> Engine<W> {
     }
 }
 
+/// How a page is to be given away; see [`Message::Fetch`].
+struct Yield {
+    write: bool,
+    acks: u8,
+    done: bool,
+    migratory: bool,
+}
+
+/// FNV-1a over words. Two contents that hash alike cost a needless transfer, nothing else.
+fn hash_of<const W: usize>(data: &PageData<W>) -> u64 {
+    data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(29))
+}
+
 fn page_of<const W: usize>(message: &Message<W>) -> Option<u32> {
     use Message::*;
     match *message {
         Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
-        InvalidateAck { page } | Done { page } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
+        InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
         Drop { page } | Dropped { page, .. } | Demoted { page, .. } => Some(page),
         Merge { .. } | Merged { .. } | Machine(_) => None,
     }

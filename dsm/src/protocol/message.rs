@@ -33,17 +33,19 @@ pub enum Message<const W: usize> {
     Get { page: u32, write: bool, table: bool },
     /// Home to owner: send your copy to `requester`; `acks` sharers will acknowledge to it. `alone`:
     /// there are no sharers, so a table may be promoted. `done`: home waits for the requester's Done.
-    Fetch { page: u32, requester: NodeId, write: bool, acks: u8, alone: bool, table: bool, done: bool },
-    /// Owner to requester: the page.
-    Data { page: u32, write: bool, acks: u8, done: bool, data: Box<PageData<W>> },
+    /// `migratory`: the requester only reads, but the page's readers have been its next writers.
+    Fetch { page: u32, requester: NodeId, write: bool, acks: u8, alone: bool, table: bool, done: bool, migratory: bool },
+    /// Owner to requester: the page. `migratory`: as in the Fetch; without `write` then, the owner had
+    /// not written it after all and keeps a copy.
+    Data { page: u32, write: bool, acks: u8, done: bool, migratory: bool, data: Box<PageData<W>> },
     /// Home to requester: no data needed. `zero`: nobody wrote this page yet; else: your copy is valid.
     Grant { page: u32, zero: bool, acks: u8, done: bool },
     /// Home to sharer: drop your copy and tell `requester`.
     Invalidate { page: u32, requester: NodeId },
     /// Sharer to requester: dropped.
     InvalidateAck { page: u32 },
-    /// Requester to home: my request is complete.
-    Done { page: u32 },
+    /// Requester to home: my request is complete. `shared`: the owner of a migratory page kept a copy.
+    Done { page: u32, shared: bool },
     /// Owner to home: the page is a page table that `requester` walks too; keep it replicated.
     Promote { page: u32, requester: NodeId, level: u8, data: Box<PageData<W>> },
     /// Home to a new holder: your replica.
@@ -85,14 +87,15 @@ impl<const W: usize> Message<W> {
                 head(out, 1, *page);
                 out.push(u8::from(*write) | u8::from(*table) << 1);
             }
-            Fetch { page, requester, write, acks, alone, table, done } => {
+            Fetch { page, requester, write, acks, alone, table, done, migratory } => {
                 head(out, 2, *page);
                 out.extend([*requester, *acks]);
-                out.push(u8::from(*write) | u8::from(*table) << 1 | u8::from(*alone) << 2 | u8::from(*done) << 3);
+                let flags = [*write, *table, *alone, *done, *migratory];
+                out.push(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
             }
-            Data { page, write, acks, done, data } => {
+            Data { page, write, acks, done, migratory, data } => {
                 head(out, 3, *page);
-                out.extend([*acks, u8::from(*write) | u8::from(*done) << 3]);
+                out.extend([*acks, u8::from(*write) | u8::from(*done) << 3 | u8::from(*migratory) << 4]);
                 put_words(out, data);
             }
             Grant { page, zero, acks, done } => {
@@ -104,7 +107,10 @@ impl<const W: usize> Message<W> {
                 out.push(*requester);
             }
             InvalidateAck { page } => head(out, 6, *page),
-            Done { page } => head(out, 7, *page),
+            Done { page, shared } => {
+                head(out, 7, *page);
+                out.push(u8::from(*shared));
+            }
             Promote { page, requester, level, data } => {
                 head(out, 8, *page);
                 out.extend([*requester, *level]);
@@ -165,11 +171,12 @@ impl<const W: usize> Message<W> {
                     table: flag(f, 1),
                     alone: flag(f, 2),
                     done: flag(f, 3),
+                    migratory: flag(f, 4),
                 }
             }
             3 => {
                 let (acks, f) = (r.u8()?, r.u8()?);
-                Data { page, acks, write: flag(f, 0), done: flag(f, 3), data: r.words()? }
+                Data { page, acks, write: flag(f, 0), done: flag(f, 3), migratory: flag(f, 4), data: r.words()? }
             }
             4 => {
                 let (acks, f) = (r.u8()?, r.u8()?);
@@ -177,7 +184,7 @@ impl<const W: usize> Message<W> {
             }
             5 => Invalidate { page, requester: r.u8()? },
             6 => InvalidateAck { page },
-            7 => Done { page },
+            7 => Done { page, shared: flag(r.u8()?, 0) },
             8 => Promote { page, requester: r.u8()?, level: r.u8()?, data: r.words()? },
             9 => Replica { page, level: r.u8()?, data: r.words()? },
             10 => Merge { id: page, changes: r.changes()? },
@@ -277,12 +284,13 @@ mod tests {
         let change = Change { page: 9, word: 1, old: 3, new: u64::MAX };
         vec![
             Get { page: 7, write: true, table: false },
-            Fetch { page: 7, requester: 3, write: false, acks: 2, alone: true, table: true, done: false },
-            Data { page: 1, write: true, acks: 4, done: true, data: Box::new([5, 6]) },
+            Fetch { page: 7, requester: 3, write: false, acks: 2, alone: true, table: true, done: false, migratory: true },
+            Data { page: 1, write: true, acks: 4, done: true, migratory: false, data: Box::new([5, 6]) },
+            Data { page: 1, write: false, acks: 0, done: true, migratory: true, data: Box::new([5, 6]) },
             Grant { page: 1, zero: true, acks: 0, done: false },
             Invalidate { page: 2, requester: 63 },
             InvalidateAck { page: 2 },
-            Done { page: u32::MAX },
+            Done { page: u32::MAX, shared: true },
             Promote { page: 3, requester: 1, level: 4, data: Box::new([0, 1]) },
             Replica { page: 3, level: 2, data: Box::new([7, 8]) },
             Merge { id: 77, changes: vec![change, change] },

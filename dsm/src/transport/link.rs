@@ -134,6 +134,7 @@ impl Link {
 
     /// Sends queued bytes and heartbeats until the stream ends: the writer thread's work.
     pub fn write_loop(&self) {
+        crate::priority::raise();
         // Looking twice an interval keeps the gap between two frames below one interval.
         let interval = self.config.heartbeat / 2;
         let mut next_look = Instant::now() + interval;

@@ -204,6 +204,7 @@ struct Receiver {
 
 impl Receiver {
     fn run(&self) {
+        crate::priority::raise();
         let event = self.receive();
         self.link.end();
         if !self.stopping.load(Ordering::SeqCst) {

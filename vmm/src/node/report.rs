@@ -49,6 +49,10 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
             c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.stale_faults, c.pages_in, c.pages_out,
             messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.conflicts
         );
+        let waited = dsm.map(Dsm::waited).unwrap_or_default();
+        let mean_us = waited.total.as_secs_f64() * 1e6 / waited.faults.max(1) as f64;
+        line += &format!("; a fault took {mean_us:.0} us on average");
+        figures["fault_mean_us"] = json!(mean_us);
         figures["dsm"] = json!(c);
         figures["replicas"] = json!(replicas);
         figures["messages_out"] = json!(messages);
@@ -64,6 +68,8 @@ pub(super) fn progress(dsm: &Dsm) {
     }
     if let Some((counters, replicas)) = dsm.counters() {
         let hottest: Vec<_> = dsm.hottest(12).into_iter().map(|(gpa, n)| format!("{gpa:#x}:{n}")).collect();
-        tracing::info!(?counters, replicas, hottest = hottest.join(" "), "shared memory");
+        let waited = dsm.waited();
+        let mean_us = waited.total.as_micros() as u64 / waited.faults.max(1);
+        tracing::info!(mean_us, ?counters, replicas, hottest = hottest.join(" "), "shared memory");
     }
 }
