@@ -1,0 +1,158 @@
+//! The program itself, with two node processes on this machine, booting the kernel of [`super::kernel`].
+
+use std::fs;
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use vmm_sys_util::tempdir::TempDir;
+
+use super::kernel;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The front end with a kernel to boot, in a folder of its own.
+struct Program {
+    child: Child,
+    place: TempDir,
+    console: Receiver<String>,
+    said: String,
+}
+
+/// How it ended.
+struct Ended {
+    status: Option<i32>,
+    console: String,
+    message: String,
+    took: Duration,
+}
+
+impl Program {
+    fn start(kernel: &[u8], hosts: Option<&str>, memory: &str) -> Self {
+        let place = TempDir::new_with_prefix("/tmp/krg-local").unwrap();
+        fs::write(place.as_path().join("kernel"), kernel).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_krg-vmm"));
+        if let Some(hosts) = hosts {
+            fs::write(place.as_path().join("hosts.txt"), hosts).unwrap();
+            command.args(["--nodes", "hosts.txt"]);
+        }
+        let mut child = command
+            .args(["--kernel", "kernel", "--cpus", "2", "--memory", memory])
+            .current_dir(place.as_path())
+            .env("HOME", place.as_path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let (said, console) = channel();
+        thread::spawn(move || {
+            let mut bytes = [0; 256];
+            while let Ok(len @ 1..) = stdout.read(&mut bytes) {
+                if said.send(String::from_utf8_lossy(&bytes[..len]).into_owned()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, place, console, said: String::new() }
+    }
+
+    /// Waits until the console has shown `text`.
+    fn wait_for(&mut self, text: &str) {
+        while !self.said.contains(text) {
+            match self.console.recv_timeout(PATIENCE) {
+                Ok(more) => self.said += &more,
+                Err(error) => panic!("{error}: the console showed {:?}", self.said),
+            }
+        }
+    }
+
+    /// The node that was told to listen at `address`.
+    fn node(&self, address: &str) -> Pid {
+        let found = processes(self.place.as_path()).into_iter().find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            words.get(1) == Some(&&b"node"[..]) && words.contains(&address.as_bytes())
+        });
+        Pid::from_raw(found.expect("the node runs")).unwrap()
+    }
+
+    /// Waits for the end and checks that nothing is left.
+    fn end(mut self) -> Ended {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if start.elapsed() > PATIENCE {
+                self.child.kill().unwrap();
+                panic!("no end; the console showed {:?}{:?}", self.said, self.console.try_iter().collect::<String>());
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let took = start.elapsed();
+        thread::sleep(Duration::from_millis(100));
+        let left = processes(self.place.as_path());
+        assert!(left.is_empty(), "processes left: {left:?}");
+        let mut message = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut message).unwrap();
+        let console = self.console.iter().fold(self.said, |said, more| said + &more);
+        Ended { status: status.code(), console, message, took }
+    }
+}
+
+/// Processes that work in `place`: a front end's own and its nodes'.
+fn processes(place: &Path) -> Vec<i32> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == place))
+        .filter_map(|process| process.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Two hosts on this machine, each at a port of its own.
+fn two_hosts() -> [String; 2] {
+    // Both are held until both are known.
+    let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().to_string())
+}
+
+fn counts_and_powers_off(hosts: Option<&str>, memory: &str) {
+    const COUNT: u32 = 2000;
+    let ended = Program::start(&kernel::elf(COUNT), hosts, memory).end();
+    assert_eq!(ended.status, Some(0), "{}", ended.message);
+    assert!(ended.console.contains(&kernel::line(COUNT)), "{:?} {}", ended.console, ended.message);
+    println!("powered off after {:?}: {}", ended.took, ended.message);
+}
+
+#[test]
+fn one_host_counts_and_powers_off() {
+    counts_and_powers_off(None, "128M");
+}
+
+#[test]
+fn two_hosts_count_and_power_off() {
+    counts_and_powers_off(Some("127.0.0.1\n127.0.0.1\n"), "256M");
+}
+
+/// Both nodes are killed once while their vCPUs work on one page.
+#[test]
+fn a_killed_node_ends_the_machine_and_is_named() {
+    for victim in [1, 0] {
+        let hosts = two_hosts();
+        let mut program = Program::start(&kernel::elf(u32::MAX), Some(&format!("{}\n{}\n", hosts[0], hosts[1])), "256M");
+        program.wait_for(kernel::HELLO);
+        thread::sleep(Duration::from_millis(300));
+        kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();
+        let ended = program.end();
+        assert_eq!(ended.status, Some(3), "{}", ended.message);
+        let name = format!("node {victim} ({}) is lost", hosts[victim]);
+        assert!(ended.message.contains(&name), "{name:?} is not in {}", ended.message);
+        assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
+    }
+}
