@@ -1,0 +1,149 @@
+"""krg-vmm on the hosts of a lab of its own: what the tests and the demo run."""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from .console import Console
+from .errors import LabError
+from .network import address
+from .paths import CI
+
+LAB = CI / "lab"
+#: On the hosts, in memory: a program that is started over 9p is read page by page.
+PROGRAM = "/tmp/krg-vmm"
+SECRET = "/tmp/secret"
+NODE_PORT = 7447
+
+
+class LabHosts:
+    """A lab beside any other, in a `with`: its hosts end with it."""
+
+    def __init__(self, hosts, memory="1536M"):
+        self.count = hosts
+        self.memory = memory
+        # A short path: the hosts' sockets are in it.
+        self.state = Path(tempfile.mkdtemp(prefix="krg-lab-"))
+        self.environment = dict(os.environ, LAB_DIR=str(self.state))
+        self.secret = secrets.token_hex(32)
+        self.daemons = []
+
+    def __enter__(self):
+        try:
+            # Hosts with one CPU: an idle second one costs the emulation more than it brings.
+            self.lab("up", "--hosts", str(self.count), "--cpus", "1", "--mem", self.memory, limit=900)
+            for index in range(self.count):
+                self.prepare(f"h{index}")
+        except BaseException:
+            self.down()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.down()
+
+    def down(self):
+        """Ends the hosts and removes the lab's folder."""
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait()
+        self.daemons.clear()
+        subprocess.run([LAB, "down"], env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def lab(self, *words, limit=60):
+        """The output of a `ci/lab` command that has to succeed."""
+        try:
+            done = subprocess.run([LAB, *words], env=self.environment, stdin=subprocess.DEVNULL, capture_output=True,
+                                  timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise LabError(f"ci/lab {' '.join(words[:3])}: not done within {limit} s") from None
+        if done.returncode:
+            raise LabError(f"ci/lab {' '.join(words[:3])}: status {done.returncode}: "
+                           f"{done.stderr.decode(errors='replace').strip()[-400:]}")
+        return done.stdout.decode(errors="replace")
+
+    def shell(self, host, line, limit=60):
+        """The output of a line of shell on a host, which has to succeed."""
+        return self.lab("exec", host, line, limit=limit)
+
+    def prepare(self, host):
+        """Puts the program and the cluster's secret into a host's memory."""
+        self.shell(host, f"cp /lab/bin/krg-vmm {PROGRAM} && umask 077 && echo {self.secret} >{SECRET}")
+
+    def start_node(self, host):
+        """Starts the node daemon on a host and waits until it listens."""
+        listen = address(int(host[1:]))
+        log = open(self.state / f"node-{host}.log", "wb")
+        with log:
+            self.daemons.append(subprocess.Popen(
+                [LAB, "exec", host, "--", PROGRAM, "node", "--listen", listen, "--secret-file", SECRET],
+                env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        self.eventually(lambda: f":{NODE_PORT}" in self.shell(host, "ss -ltn"), 30,
+                        f"{host}: the node daemon doesn't listen: {self.node_log(host)}")
+
+    def node_log(self, host):
+        """What the node daemon of a host has said."""
+        return (self.state / f"node-{host}.log").read_text(errors="replace").strip()[-400:]
+
+    def tsc_khz(self, host):
+        """The frequency of a host's TSC, as its kernel found it."""
+        match = re.search(r"tsc: Detected ([0-9.]+) MHz processor", self.shell(host, "dmesg"))
+        if not match:
+            raise LabError(f"{host}: its kernel doesn't say how fast its TSC is")
+        return round(float(match.group(1)) * 1000)
+
+    def processes(self, host):
+        """Command lines of all krg-vmm processes on a host."""
+        return [line for line in self.shell(host, "pgrep -ax krg-vmm || true").splitlines() if line]
+
+    @staticmethod
+    def eventually(condition, limit, complaint):
+        """Waits until `condition()` holds."""
+        until = time.monotonic() + limit
+        while not condition():
+            if time.monotonic() > until:
+                raise LabError(complaint)
+            time.sleep(0.5)
+
+
+class Machine(Console):
+    """A guest of krg-vmm on host h0, with its console; use it in a `with`."""
+
+    def __init__(self, hosts, name, arguments, folder):
+        """Starts krg-vmm with `arguments`; its output goes to `folder`/`name`.*."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.messages = folder / f"{name}.messages"
+        self.begun = time.monotonic()
+        with open(self.messages, "wb") as errors:
+            super().__init__([str(LAB), "exec", "-i", "h0", "--", PROGRAM, "--secret-file", SECRET, *arguments],
+                             log=folder / f"{name}.console", stderr=errors, env=hosts.environment)
+
+    def said(self):
+        """Lines that krg-vmm itself wrote, without its prefix."""
+        lines = self.messages.read_text(errors="replace").splitlines()
+        return [line.removeprefix("krg-vmm: ").strip() for line in lines if line.startswith("krg-vmm: ")]
+
+    def counters(self):
+        """The nodes' lines of figures, told when the machine ends."""
+        return [line for line in self.said() if re.match(r"node \d+ \(.*\): \d+ vCPU exits", line)]
+
+    def await_end(self, limit):
+        """Takes in output until krg-vmm ends; its exit status."""
+        until = time.monotonic() + limit
+        while self.read(min(1.0, until - time.monotonic())):
+            if time.monotonic() > until:
+                raise LabError(f"krg-vmm did not end within {limit} s; the console's last output was: {self.text[-300:]!r}")
+        return self.process.wait(10)
+
+    def shut_down(self, limit=120, command="echo o >/proc/sysrq-trigger"):
+        """Powers the guest off from its shell; krg-vmm has to end with 0."""
+        self.send(f"{command}\n")
+        status = self.await_end(limit)
+        if status:
+            raise LabError(f"krg-vmm ended with status {status} after the guest's power-off: {' | '.join(self.said()[-2:])}")

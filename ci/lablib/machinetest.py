@@ -1,0 +1,140 @@
+"""Tests of whole machines: krg-vmm with a stock Debian on emulated hosts, one and two of them."""
+
+import re
+import time
+
+from .labmachine import LabHosts, Machine
+from .network import address
+from .paths import OUT
+from .steps import say
+
+IMAGE = "/lab/images/debian-minimal.img"
+LOGS = OUT / "test"
+MIB_EACH = 384
+#: A shell as process 1: the stock kernel and initrd, without the minutes that systemd takes here.
+SHELL = "init=/bin/bash"
+#: The guest's clock runs this many times slower on two emulated hosts: at their speed every tick
+#: costs tens of page transfers, and at full rate ticks alone would fill the time.
+SLOWER = 20
+#: Seconds after which the loss of a host has to be known (and the machine gone).
+LOSS_LIMIT = 5
+
+
+class MachineTests:
+    """The machine steps; one lab of two hosts serves them all, started by the first."""
+
+    def __init__(self):
+        self.hosts = None
+
+    def close(self):
+        """Ends the lab."""
+        if self.hosts:
+            self.hosts.down()
+            self.hosts = None
+
+    def lab(self):
+        """Both hosts up, and the node daemon on h1."""
+        self.hosts = LabHosts(2).__enter__()
+        self.hosts.start_node("h1")
+        lines = "".join(f"{address(n)} cpus=1 mem={MIB_EACH}M\n" for n in range(2))
+        self.hosts.shell("h0", f"printf '%s' '{lines}' >/tmp/hosts.txt")
+
+    def one_host(self):
+        """A stock Debian on one host: to the shell, a look around, `poweroff`, status 0."""
+        arguments = ["--cpus", "1", "--memory", "512M", IMAGE]
+        with Machine(self.hosts, "one-host", arguments, LOGS) as machine:
+            machine.login(timeout=420)
+            say(f"     root shell after {time.monotonic() - machine.begun:.0f} s")
+            assert machine.check("nproc").strip() == "1"
+            assert machine.check("cat /proc/1/comm").strip() == "systemd"
+            say(f"     kernel {machine.check('uname -r').strip()}")
+            machine.shut_down(180, "poweroff")
+            report(machine)
+
+    def slow_clock(self):
+        """The guest parameter for a slower clock."""
+        khz = self.hosts.tsc_khz("h0")
+        say(f"     the guest's clock runs {SLOWER} times slower than real time: its TSC has {khz} kHz, "
+            f"and tsc_early_khz={khz * SLOWER} tells it otherwise")
+        return f"tsc_early_khz={khz * SLOWER}"
+
+    def two_host_machine(self, name, append):
+        """A machine over both hosts that starts to boot."""
+        arguments = ["--nodes", "/tmp/hosts.txt", "--append", f"{self.slow_clock()} {append}", IMAGE]
+        return Machine(self.hosts, name, arguments, LOGS)
+
+    def two_hosts(self):
+        """One machine over two hosts: to a shell, what it sees of itself, power-off, status 0."""
+        with self.two_host_machine("two-hosts", f"{SHELL} loglevel=7") as machine:
+            try:
+                machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
+                say(f"     both CPUs are up after {time.monotonic() - machine.begun:.0f} s")
+                machine.login(timeout=780)
+                say(f"     shell after {time.monotonic() - machine.begun:.0f} s")
+                look_around(machine, cpus=2, nodes=2, mib=2 * MIB_EACH)
+                machine.shut_down()
+            finally:
+                report(machine)
+        assert len(machine.counters()) == 2, f"counters of both nodes were expected: {machine.said()[-3:]}"
+
+    def cable_and_power(self):
+        """A cable unplugged for 2 s does no harm; a host's power failure ends the machine cleanly."""
+        with self.two_host_machine("loss", f"{SHELL} loglevel=7") as machine:
+            machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
+            self.hosts.lab("link", "h1", "down")
+            time.sleep(2)
+            self.hosts.lab("link", "h1", "up")
+            # What was on its way may still arrive; what comes after it is new.
+            drain(machine, 3)
+            machine.seen = len(machine.text)
+            machine.expect(r"\n\[ +\d+\.\d+\] .+\n", 90)
+            say("     unplugged for 2 s: the guest goes on")
+            self.hosts.lab("kill", "h1")
+            since = time.monotonic()
+            status = machine.await_end(30)
+            took = time.monotonic() - since
+            said = machine.said()
+            say(f"     power failure of h1: krg-vmm ended after {took:.1f} s with status {status}: {said[-1]}")
+        assert status == 3, f"exit status {status} instead of 3"
+        assert took < LOSS_LIMIT, f"{took:.1f} s until the end, more than {LOSS_LIMIT}"
+        assert address(1) in said[-1], f"the last line doesn't name {address(1)}: {said[-1]}"
+        left = self.hosts.processes("h0")
+        assert not left, f"left on h0: {left}"
+
+    def again_after_loss(self):
+        """The host that came back takes part in a new machine."""
+        self.hosts.lab("start", "h1", limit=240)
+        self.hosts.prepare("h1")
+        self.hosts.start_node("h1")
+        with self.two_host_machine("again", f"{SHELL} loglevel=7") as machine:
+            machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
+
+
+def look_around(machine, cpus, nodes, mib):
+    """Checks, in a guest's shell, that it is one machine of all hosts' CPUs and memory."""
+    machine.run("mount -t proc proc /proc 2>/dev/null; mount -t sysfs sys /sys 2>/dev/null", 300)
+    limit = 300
+    found = machine.check("nproc", limit).strip()
+    assert found == str(cpus), f"nproc says {found}, not {cpus}"
+    found = machine.check("cat /sys/devices/system/node/online", limit).strip()
+    assert found == f"0-{nodes - 1}", f"NUMA nodes {found}, not 0-{nodes - 1}"
+    total = int(re.search(r"MemTotal: +(\d+) kB", machine.check("cat /proc/meminfo", limit)).group(1)) >> 10
+    # The kernel keeps its image and its page descriptors for itself.
+    assert mib * 0.8 <= total <= mib, f"MemTotal is {total} MiB of {mib}"
+    clock = machine.check("cat /sys/devices/system/clocksource/clocksource0/current_clocksource", limit).strip()
+    assert clock == "tsc", f"the clock source is {clock}"
+    release = machine.check("cat /proc/sys/kernel/osrelease", limit).strip()
+    say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source {clock}, kernel {release}")
+
+
+def drain(machine, seconds):
+    """Takes in output for some time."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        machine.read(left)
+
+
+def report(machine):
+    """Shows the nodes' figures."""
+    for line in machine.counters():
+        say(f"     {line}")
