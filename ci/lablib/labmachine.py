@@ -13,12 +13,15 @@ from .console import Console
 from .errors import LabError
 from .network import address
 from .paths import CI
+from .steps import say
 
 LAB = CI / "lab"
 #: On the hosts, in memory: a program that is started over 9p is read page by page.
 PROGRAM = "/tmp/krg-vmm"
 SECRET = "/tmp/secret"
 NODE_PORT = 7447
+#: A long wait says this often, in seconds, what the console shows.
+PROGRESS = 60
 
 
 class LabHosts:
@@ -119,10 +122,19 @@ class Machine(Console):
         """Starts krg-vmm with `arguments`; its output goes to `folder`/`name`.*."""
         folder.mkdir(parents=True, exist_ok=True)
         self.messages = folder / f"{name}.messages"
-        self.begun = time.monotonic()
+        self.begun = self.shown = time.monotonic()
         with open(self.messages, "wb") as errors:
             super().__init__([str(LAB), "exec", "-i", "h0", "--", PROGRAM, "--secret-file", SECRET, *arguments],
                              log=folder / f"{name}.console", stderr=errors, env=hosts.environment)
+
+    def read(self, timeout):
+        """As for any console; long waits show that something goes on."""
+        more = super().read(timeout)
+        if time.monotonic() - self.shown >= PROGRESS:
+            self.shown = time.monotonic()
+            last = self.text.rstrip().rsplit("\n", 1)[-1]
+            say(f"     {self.shown - self.begun:5.0f} s: {last[-100:] or 'no output'}")
+        return more
 
     def said(self):
         """Lines that krg-vmm itself wrote, without its prefix."""
