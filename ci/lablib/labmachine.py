@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from . import process
 from .console import Console
 from .errors import LabError
 from .network import address
@@ -80,15 +81,16 @@ class LabHosts:
         self.shell(host, f"cp /lab/bin/krg-vmm {PROGRAM} && umask 077 && echo {self.secret} >{SECRET}")
 
     def start_node(self, host):
-        """Starts the node daemon on a host and waits until it listens."""
+        """Starts the node daemon on a host, if it has none, and waits until it listens."""
+        if self.processes(host):
+            return
         listen = address(int(host[1:]))
-        log = open(self.state / f"node-{host}.log", "wb")
-        with log:
+        with open(self.state / f"node-{host}.log", "wb") as log:
             self.daemons.append(subprocess.Popen(
                 [LAB, "exec", host, "--", PROGRAM, "node", "--listen", listen, "--secret-file", SECRET],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-        self.eventually(lambda: f":{NODE_PORT}" in self.shell(host, "ss -ltn"), 30,
-                        f"{host}: the node daemon doesn't listen: {self.node_log(host)}")
+        if not process.wait_for(lambda: f":{NODE_PORT}" in self.shell(host, "ss -ltn"), 60, interval=0.5):
+            raise LabError(f"{host}: the node daemon doesn't listen: {self.node_log(host)}")
 
     def node_log(self, host):
         """What the node daemon of a host has said."""
@@ -105,14 +107,6 @@ class LabHosts:
         """Command lines of all krg-vmm processes on a host."""
         return [line for line in self.shell(host, "pgrep -ax krg-vmm || true").splitlines() if line]
 
-    @staticmethod
-    def eventually(condition, limit, complaint):
-        """Waits until `condition()` holds."""
-        until = time.monotonic() + limit
-        while not condition():
-            if time.monotonic() > until:
-                raise LabError(complaint)
-            time.sleep(0.5)
 
 
 class Machine(Console):

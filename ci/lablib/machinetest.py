@@ -60,6 +60,9 @@ class MachineTests:
 
     def two_host_machine(self, name, append):
         """A machine over both hosts that starts to boot."""
+        if not self.hosts.processes("h1"):
+            say(f"     the node daemon on h1 has ended: {self.hosts.node_log('h1') or 'without a word'}; started again")
+            self.hosts.start_node("h1")
         arguments = ["--nodes", "/tmp/hosts.txt", "--append", f"{self.slow_clock()} {append}", IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
