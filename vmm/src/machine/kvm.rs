@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -76,7 +76,11 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// A VM with its LAPICs in the kernel, 32-bit APIC ids, `memory` as RAM and the hidden stubs.
-    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap<()>) -> Result<Self, MachineError> {
+    ///
+    /// With `halt_in_guest` a halted vCPU keeps its host CPU. That also keeps KVM from handing page
+    /// faults to a kernel worker, which reports every read as a write (KVM's
+    /// `kvm_can_do_async_pf`): between hosts, readers of a page would take it from each other.
+    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap<()>, halt_in_guest: bool) -> Result<Self, MachineError> {
         let fail = |call| move |e| MachineError::kvm(call, "VM", e);
         let fd = kvm.create_vm().map_err(fail("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP)
@@ -93,6 +97,10 @@ impl Vm {
         enable(KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into(), "KVM_CAP_SPLIT_IRQCHIP")?;
         let wide = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(KVM_CAP_X2APIC_API, wide.into(), "KVM_CAP_X2APIC_API")?;
+        let offered = kvm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into()) as u32;
+        if halt_in_guest && offered & KVM_X86_DISABLE_EXITS_HLT != 0 {
+            enable(KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT.into(), "KVM_CAP_X86_DISABLE_EXITS")?;
+        }
         let stub = StubMemory::new()?;
         let mut slots = vec![(STUB.start, STUB.end - STUB.start, stub.host_address())];
         for region in memory.iter() {

@@ -112,7 +112,10 @@ impl Machine {
         if emulated::by_qemu() {
             emulated::hide_xsave(&mut common);
         }
-        let vm = kvm::Vm::new(&kvm, memory)?;
+        // Between hosts every vCPU that has a CPU of its own keeps it while it is halted.
+        let own = placement.hosts[node].vcpus.len();
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let vm = kvm::Vm::new(&kvm, memory, placement.hosts.len() > 1 && own <= cpus)?;
         let count = placement.cpus();
         let counters: Arc<Vec<Counters>> = Arc::new((0..count).map(|_| Counters::default()).collect());
         let interrupts = Arc::new(Interrupts::new(
