@@ -56,7 +56,10 @@ pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Option<
                 let done = context.access(access(Space::Memory, gpa, data.len().min(8), direction));
                 done.is_none().then_some(Stopped::FabricClosed)
             }
-            Ok(VcpuExit::Shutdown) => Some(Stopped::End(End::TripleFault { vcpu: id })),
+            Ok(VcpuExit::Shutdown) => {
+                tracing::warn!("vCPU {id}: triple fault; {}", registers(vcpu));
+                Some(Stopped::End(End::TripleFault { vcpu: id }))
+            }
             // Level-triggered lines don't exist here; nothing waits for the EOI.
             Ok(VcpuExit::IoapicEoi(_) | VcpuExit::Intr | VcpuExit::Hlt) => {
                 Counters::count(&context.counters.other);
@@ -165,17 +168,21 @@ impl OwnerContext<'_> {
 
 /// An error with the vCPU's state in it, as its last words.
 fn describe(vcpu: &Vcpu, what: String) -> MachineError {
-    let state = match (vcpu.regs(), vcpu.sregs()) {
-        (Ok(r), Ok(s)) => format!(
-            "rip {:#x} rsp {:#x} rflags {:#x} cs {:#x}/{:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} rax {:#x} rcx {:#x} rdx {:#x}",
-            r.rip, r.rsp, r.rflags, s.cs.selector, s.cs.base, s.cr0, s.cr2, s.cr3, s.cr4, s.efer, r.rax, r.rcx, r.rdx
-        ),
-        _ => "registers can't be read".into(),
-    };
+    let state = registers(vcpu);
     tracing::error!("vCPU {}: {what}; {state}", vcpu.id);
     MachineError::Kvm {
         call: "KVM_RUN",
         object: format!("vCPU {}: {what}; {state}", vcpu.id),
         errno: Errno(libc::EIO),
+    }
+}
+
+fn registers(vcpu: &Vcpu) -> String {
+    match (vcpu.regs(), vcpu.sregs()) {
+        (Ok(r), Ok(s)) => format!(
+            "rip {:#x} rsp {:#x} rflags {:#x} cs {:#x}/{:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} rax {:#x} rcx {:#x} rdx {:#x}",
+            r.rip, r.rsp, r.rflags, s.cs.selector, s.cs.base, s.cr0, s.cr2, s.cr3, s.cr4, s.efer, r.rax, r.rcx, r.rdx
+        ),
+        _ => "registers can't be read".into(),
     }
 }
