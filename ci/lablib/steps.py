@@ -64,6 +64,8 @@ class Steps:
             counts, reason = Counts(failed=1), one_line(error)
         except KeyboardInterrupt:
             self.counts.failed += 1
+            self.times.append((name, time.monotonic() - begun))
+            self.outcomes[name] = False
             say(f"FAIL {name}: interrupted")
             raise
         took = time.monotonic() - begun
