@@ -9,6 +9,8 @@ pub struct Needs {
     pub hosts: usize,
     /// vCPUs of the machine.
     pub cpus: u32,
+    /// vCPUs of node 0: numbers 0 up to this.
+    pub first_host_cpus: u32,
 }
 
 /// A word and its reason are one line here; a word the user has set (by name) is left alone.
@@ -37,6 +39,14 @@ fn words(needs: &Needs) -> Vec<String> {
             // Not more CPUs than there are: per-CPU memory would be laid out for them.
             format!("possible_cpus={}", needs.cpus),
         ]);
+        if needs.first_host_cpus < needs.cpus {
+            // A tick touches pages that the CPU which keeps the time has just written. CPUs of the other
+            // hosts do without while they run one task, and leave timers, callbacks and kernel threads
+            // to the host that has the devices.
+            let others = format!("{}-{}", needs.first_host_cpus, needs.cpus - 1);
+            words.push(format!("nohz_full={others}"));
+            words.push(format!("rcu_nocbs={others}"));
+        }
     }
     words
 }
@@ -61,6 +71,7 @@ mod tests {
             tsc_khz: 2_000_000,
             hosts: 1,
             cpus: 2,
+            first_host_cpus: 2,
         };
         let line = complete("root=/dev/vda1 ro console=tty0 tsc=unstable", &needs);
         assert_eq!(
@@ -78,10 +89,11 @@ mod tests {
                 tsc_khz: 1,
                 hosts: 2,
                 cpus: 4,
+                first_host_cpus: 2,
             },
         );
         assert!(
-            line.contains("skew_tick=1") && line.contains("possible_cpus=4"),
+            line.contains("skew_tick=1") && line.contains("possible_cpus=4") && line.contains("nohz_full=2-3"),
             "{line}"
         );
     }

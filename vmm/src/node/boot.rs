@@ -29,7 +29,8 @@ pub(super) fn load(spec: &NodeSpec, memory: &GuestMemoryMmap<()>, tsc_khz: u32) 
         .map(|d| disk::open(&d.path, d.persist).map_err(|e| e.to_string()))
         .collect::<Result<Vec<_>, _>>()?;
     let (kernel, initrd, own, source) = files(spec, &disks)?;
-    let needs = Needs { tsc_khz, hosts: spec.placement.hosts.len(), cpus: spec.placement.cpus() };
+    let first_host_cpus = spec.placement.hosts.first().map_or(0, |h| h.vcpus.len() as u32);
+    let needs = Needs { tsc_khz, hosts: spec.placement.hosts.len(), cpus: spec.placement.cpus(), first_host_cpus };
     let command_line = command_line::complete(&own, &needs);
     let image = boot::Kernel { elf: &kernel.elf, initrd: &initrd, command_line: &command_line };
     let loaded = boot::load(memory, &spec.placement, &image).map_err(|e| e.to_string())?;
