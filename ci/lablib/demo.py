@@ -21,6 +21,8 @@ LOGS = OUT / "demo"
 HOSTS = 2
 CPUS_EACH = 2
 MIB_EACH = 512
+#: Memory of a host: one alone holds the whole guest for the comparison, and offers part of what it has.
+HOST_MEMORY = "2560M"
 #: Guest clock against real time on two emulated hosts: see `MachineTests.slow_clock`.
 SLOWER = 20
 #: Seconds each phase may take, unless `--limit` says otherwise.
@@ -82,7 +84,7 @@ class Demo:
 
     def lab(self):
         """Two hosts with one emulated CPU each, and the node daemon on the second."""
-        self.hosts = LabHosts(HOSTS).__enter__()
+        self.hosts = LabHosts(HOSTS, HOST_MEMORY).__enter__()
         self.hosts.start_node("h1")
         lines = "".join(f"{address(n)} cpus={CPUS_EACH} mem={MIB_EACH}M\n" for n in range(HOSTS))
         self.hosts.shell("h0", f"printf '%s' '{lines}' >/tmp/hosts.txt")

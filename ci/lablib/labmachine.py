@@ -130,6 +130,17 @@ class Machine(Console):
             say(f"     {self.shown - self.begun:5.0f} s: {last[-100:] or 'no output'}")
         return more
 
+    def expect(self, pattern, timeout=60):
+        """As for any console; when krg-vmm has ended instead, its own last line says why."""
+        try:
+            return super().expect(pattern, timeout)
+        except LabError as error:
+            if self.process.poll() is None:
+                raise
+            reason = (self.said() or ["it said nothing"])[-1]
+            raise LabError(f"krg-vmm ended with status {self.process.returncode}: {reason}; the console's last output "
+                           f"was: {self.text[-200:]!r}") from error
+
     def said(self):
         """Lines that krg-vmm itself wrote, without its prefix."""
         lines = self.messages.read_text(errors="replace").splitlines()
