@@ -228,3 +228,30 @@ fn a_lost_peer_is_told_once_and_stopping_lets_everybody_go() {
     nodes[0].transport.shutdown();
     nodes[1].dsm.stop();
 }
+
+#[test]
+fn what_node_0_loaded_is_there_even_where_it_wrote_nothing() {
+    let mut nodes = Vec::new();
+    for (me, peers) in mesh(2).into_iter().enumerate() {
+        let ram = Arc::new(GuestRam::new(&[(0, PAGES * 4096)], true).unwrap());
+        if me == 0 {
+            ram.words(8).unwrap()[3].store(77, SeqCst);
+        }
+        let transport = Arc::new(TcpTransport::new(peers, Config::default()).unwrap());
+        let guest = Arc::new(Guest::default());
+        let dsm = Dsm::new(me, ram, transport.clone());
+        transport.start(dsm.handler(guest.clone())).unwrap();
+        let shares = vec![PAGES / 2 * 4096; 2];
+        let start = Start { me, shares, preloaded: vec![8..10, 40..41], image: 0..0, replicate: true, bug: None };
+        dsm.start(start).unwrap();
+        nodes.push(Node { dsm, transport, guest });
+    }
+    // Page 9 and page 40 were loaded, with nothing but zeros.
+    for page in [9, 40] {
+        assert_eq!(nodes[0].word(page, 0).load(SeqCst), 0);
+        assert_eq!(nodes[1].word(page, 0).fetch_add(5, SeqCst), 0);
+        assert_eq!(nodes[0].word(page, 0).load(SeqCst), 5);
+    }
+    assert_eq!(nodes[1].word(8, 3).load(SeqCst), 77);
+    stop(&nodes);
+}

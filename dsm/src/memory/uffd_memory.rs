@@ -71,9 +71,11 @@ impl UffdMemory {
             return Err(MemoryError::Bounds { page: beyond.end, word: 0, pages: ram.pages() });
         }
         for page in kept.iter().cloned().flatten() {
-            // A page nobody wrote is not there yet, and would fault for ever once registered.
+            // A page nobody wrote is not there yet, and would fault for ever once registered. Two steps,
+            // because adding nothing is something the compiler leaves out.
             if let Some(words) = ram.words(page) {
-                words[0].fetch_add(0, Ordering::Relaxed);
+                words[0].fetch_add(1, Ordering::SeqCst);
+                words[0].fetch_sub(1, Ordering::SeqCst);
             }
         }
         let mut memory = Self {
