@@ -12,6 +12,7 @@ import time
 from . import cargotest, guestimage
 from .errors import LabError
 from .labmachine import LabHosts, Machine
+from .machinetest import SLOWER
 from .network import address
 from .paths import OUT
 from .steps import Steps, end_on_signals, say
@@ -23,8 +24,6 @@ CPUS_EACH = 2
 MIB_EACH = 512
 #: Memory of a host: one alone holds the whole guest for the comparison, and offers part of what it has.
 HOST_MEMORY = "2560M"
-#: Guest clock against real time on two emulated hosts: see `MachineTests.slow_clock`.
-SLOWER = 20
 #: Seconds each phase may take, unless `--limit` says otherwise.
 LIMITS = {
     "prepare": 1800,
