@@ -1,4 +1,10 @@
 //! Machines over two and three nodes, all of them on this machine's own KVM.
 
+#[path = "../machine/guest.rs"]
+mod guest;
+mod interrupts;
 mod kernel;
+mod litmus;
+mod nodes;
 mod program;
+mod tables;

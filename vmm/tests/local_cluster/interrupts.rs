@@ -1,0 +1,257 @@
+//! Interrupts between vCPUs of different nodes, ordered among the messages of the shared memory.
+
+use std::time::Duration;
+
+use krg_guest_kernel::micro::MicroError;
+use krg_guest_kernel::micro::code_asm::{
+    CodeAssembler, al, ax, ds, dword_ptr, dx, eax, ebx, ecx, edx, esi, ptr, rax, rbx, rcx, rdx,
+};
+use krg_vmm::machine::boot::{self, Entry};
+use krg_vmm::machine::{End, Event};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::guest;
+use super::nodes::{Nodes, Plan};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const BOOT_CODE: u64 = 0x8_0000;
+const HANDLERS: u64 = 0x8_1000;
+const IDT: u64 = 0x3000;
+/// IDT register, and what the guests count.
+const IDT_POINTER: u64 = 0x610;
+const STARTED: u64 = 0x600;
+const FINISHED: u64 = 0x604;
+
+fn plan(nodes: usize, vcpus: u32) -> Plan {
+    Plan { nodes, vcpus, replicate: true, bug: None }
+}
+
+fn put(memory: &GuestMemoryMmap<()>, bytes: &[u8], at: u64) {
+    memory.write_slice(bytes, GuestAddress(at)).unwrap();
+}
+
+/// An interrupt gate of the boot processor.
+fn put_gate(memory: &GuestMemoryMmap<()>, vector: u64, handler: u64) {
+    let low = handler & 0xffff | 0x10 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
+    put(memory, &[low, handler >> 32].map(u64::to_le_bytes).concat(), IDT + vector * 16);
+    put(memory, &[&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat(), IDT_POINTER);
+}
+
+/// Runs until the guest resets.
+fn run(nodes: &Nodes) {
+    nodes.first().set_entry(&Entry { rip: BOOT_CODE, rsi: 0 }).unwrap();
+    nodes.run();
+    match nodes.ends.recv_timeout(PATIENCE) {
+        Ok(end) => assert_eq!(end, End::Reset),
+        Err(error) => panic!("no end ({error}): {} {}", nodes.word(STARTED), nodes.describe()),
+    }
+    assert_eq!(nodes.failures.try_iter().collect::<Vec<_>>(), Vec::<String>::new());
+}
+
+/// INIT, SIPI, a thousand interrupts there and back in lock step, NMI.
+#[test]
+fn two_nodes_exchange_a_thousand_interrupts() {
+    const CYCLES: u32 = 5;
+    const ROUNDS: u32 = 200;
+    let nodes = Nodes::new(plan(2, 2), |memory| {
+        boot::write_tables(memory).unwrap();
+        let pieces = [
+            (guest::BOOT, BOOT_CODE),
+            (guest::BOOT_HANDLER, HANDLERS),
+            (guest::SECOND, 0x8000),
+            (guest::SECOND_HANDLER, 0x8100),
+            (guest::SECOND_NMI, 0x8200),
+            (guest::SECOND_FLOOD, 0x8300),
+        ];
+        pieces.iter().for_each(|(bytes, at)| put(memory, bytes, *at));
+        // Real-mode vectors: NMI, 0x40, and 0x41, which must not come.
+        put(memory, &0x8200u32.to_le_bytes(), 2 * 4);
+        put(memory, &[0x8100u32, 0x8300].map(u32::to_le_bytes).concat(), 0x40 * 4);
+        put_gate(memory, 0x50, HANDLERS);
+        put(memory, &[CYCLES, ROUNDS].map(u32::to_le_bytes).concat(), 0x620);
+    });
+    run(&nodes);
+    let counts = [nodes.word(STARTED), nodes.word(0x608)].map(|two| [two as u32, (two >> 32) as u32]).concat();
+    assert_eq!(counts, [CYCLES, CYCLES * ROUNDS, CYCLES * ROUNDS, CYCLES], "started, asked, answered, NMIs");
+    assert_eq!(nodes.word(0x628) as u32, 0, "interrupts nobody sent");
+    let mut expected = Vec::new();
+    for _ in 0..CYCLES {
+        expected.extend([(1, Event::Init), (1, Event::Sipi(8))]);
+        expected.extend((0..ROUNDS).map(|_| (1, Event::Fixed(0x40))));
+        expected.push((1, Event::Nmi));
+    }
+    assert_eq!(nodes.sent(0), expected);
+    assert_eq!(nodes.sent(1), vec![(0, Event::Fixed(0x50)); (CYCLES * ROUNDS) as usize]);
+    println!("exchange: {} page transfers", nodes.transfers());
+}
+
+/// Vectors of one sender, the highest first: a LAPIC takes them in that order.
+const VECTORS: u32 = 32;
+const FIRST_VECTOR: u32 = 0x40;
+/// What the target expects next of each sender; how often that was wrong; how many came.
+const EXPECTED: u64 = 0x2000;
+const WRONG: u64 = 0x2040;
+const CAME: u64 = 0x2044;
+/// Bursts of each sender that are through: a page each.
+const THROUGH: u64 = 0x4000;
+
+/// A sender: bursts of all its vectors, as fast as it can; then it waits until the burst has come.
+fn sender(number: u32, bursts: u32) -> Result<Vec<u8>, MicroError> {
+    let mut asm = CodeAssembler::new(16)?;
+    let (mut burst, mut send, mut wait, mut halt) =
+        (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
+    let last = FIRST_VECTOR + number * VECTORS;
+    asm.cli()?;
+    asm.xor(ax, ax)?;
+    asm.mov(ds, ax)?;
+    asm.lock().inc(dword_ptr(STARTED))?;
+    asm.xor(esi, esi)?;
+    asm.set_label(&mut burst)?;
+    asm.mov(ebx, last + VECTORS - 1)?;
+    asm.set_label(&mut send)?;
+    asm.mov(ecx, 0x830)?;
+    asm.xor(edx, edx)?;
+    asm.mov(eax, 0x4000)?;
+    asm.or(eax, ebx)?;
+    asm.wrmsr()?;
+    asm.dec(ebx)?;
+    asm.cmp(ebx, last as i32)?;
+    asm.jae(send)?;
+    asm.inc(esi)?;
+    asm.set_label(&mut wait)?;
+    asm.pause()?;
+    asm.cmp(dword_ptr(THROUGH + u64::from(number) * 0x1000), esi)?;
+    asm.jne(wait)?;
+    asm.cmp(esi, bursts as i32)?;
+    asm.jne(burst)?;
+    asm.lock().inc(dword_ptr(FINISHED))?;
+    asm.set_label(&mut halt)?;
+    asm.hlt()?;
+    asm.jmp(halt)?;
+    Ok(asm.assemble(0)?)
+}
+
+/// Start-up vector of a sender.
+fn startup(number: u32) -> u32 {
+    0x10 + number
+}
+
+/// The target: starts the senders, takes what comes, resets.
+fn target(senders: u32) -> Result<Vec<u8>, MicroError> {
+    let mut asm = CodeAssembler::new(64)?;
+    let (mut wait, mut halt) = (asm.create_label(), asm.create_label());
+    asm.mov(rbx, IDT_POINTER)?;
+    asm.lidt(ptr(rbx))?;
+    asm.sti()?;
+    for number in 0..senders {
+        asm.mov(ecx, 0x830)?;
+        asm.mov(edx, number + 1)?;
+        asm.mov(eax, 0x4500)?;
+        asm.wrmsr()?;
+        asm.mov(eax, 0x4600 | startup(number))?;
+        asm.wrmsr()?;
+    }
+    asm.mov(rbx, FINISHED)?;
+    asm.set_label(&mut wait)?;
+    asm.pause()?;
+    asm.cmp(dword_ptr(rbx), senders as i32)?;
+    asm.jne(wait)?;
+    asm.mov(dx, 0xcf9)?;
+    asm.mov(al, 6)?;
+    asm.out(dx, al)?;
+    asm.set_label(&mut halt)?;
+    asm.hlt()?;
+    asm.jmp(halt)?;
+    Ok(asm.assemble(BOOT_CODE)?)
+}
+
+/// The target's handlers: what they share at [`HANDLERS`], then each vector's start.
+fn handlers(senders: u32) -> Result<Vec<u8>, MicroError> {
+    let mut asm = CodeAssembler::new(64)?;
+    let (mut right, mut more, mut end) = (asm.create_label(), asm.create_label(), asm.create_label());
+    // The vector is in ecx.
+    asm.push(rax)?;
+    asm.push(rdx)?;
+    asm.push(rbx)?;
+    asm.mov(edx, ecx)?;
+    asm.sub(edx, FIRST_VECTOR as i32)?;
+    asm.shr(edx, VECTORS.ilog2())?;
+    asm.mov(rbx, EXPECTED)?;
+    asm.cmp(ecx, dword_ptr(rbx + rdx * 4))?;
+    asm.je(right)?;
+    asm.inc(dword_ptr(rbx + (WRONG - EXPECTED)))?;
+    asm.set_label(&mut right)?;
+    asm.inc(dword_ptr(rbx + (CAME - EXPECTED)))?;
+    asm.mov(eax, ecx)?;
+    asm.dec(eax)?;
+    asm.test(ecx, VECTORS as i32 - 1)?;
+    asm.jnz(more)?;
+    asm.add(eax, VECTORS as i32)?;
+    asm.set_label(&mut more)?;
+    asm.mov(dword_ptr(rbx + rdx * 4), eax)?;
+    asm.test(ecx, VECTORS as i32 - 1)?;
+    asm.jnz(end)?;
+    asm.shl(edx, 12)?;
+    asm.mov(rbx, THROUGH)?;
+    asm.lock().inc(dword_ptr(rbx + rdx))?;
+    asm.set_label(&mut end)?;
+    asm.mov(ecx, 0x80b)?;
+    asm.xor(eax, eax)?;
+    asm.xor(edx, edx)?;
+    asm.wrmsr()?;
+    asm.pop(rbx)?;
+    asm.pop(rdx)?;
+    asm.pop(rax)?;
+    asm.pop(rcx)?;
+    asm.iretq()?;
+    let mut code = asm.assemble(HANDLERS)?;
+    for vector in FIRST_VECTOR..FIRST_VECTOR + senders * VECTORS {
+        let at = start_of(vector);
+        let mut asm = CodeAssembler::new(64)?;
+        asm.push(rcx)?;
+        asm.mov(ecx, vector)?;
+        asm.jmp(HANDLERS)?;
+        code.resize((at - HANDLERS) as usize, 0xcc);
+        code.extend(asm.assemble(at)?);
+    }
+    Ok(code)
+}
+
+/// Where a vector's handler starts.
+fn start_of(vector: u32) -> u64 {
+    HANDLERS + 0x100 + u64::from(vector - FIRST_VECTOR) * 16
+}
+
+/// Bursts of interrupts: none lost, none doubled, each sender's in order.
+fn storm(nodes: usize, bursts: u32) {
+    let senders = nodes as u32 - 1;
+    let machine = Nodes::new(plan(nodes, nodes as u32), |memory| {
+        boot::write_tables(memory).unwrap();
+        put(memory, &target(senders).unwrap(), BOOT_CODE);
+        put(memory, &handlers(senders).unwrap(), HANDLERS);
+        let vectors = FIRST_VECTOR..FIRST_VECTOR + senders * VECTORS;
+        vectors.for_each(|vector| put_gate(memory, vector.into(), start_of(vector)));
+        for number in 0..senders {
+            let code = sender(number, bursts).unwrap();
+            put(memory, &code, u64::from(startup(number)) << 12);
+            let first = FIRST_VECTOR + (number + 1) * VECTORS - 1;
+            put(memory, &first.to_le_bytes(), EXPECTED + u64::from(number) * 4);
+        }
+    });
+    run(&machine);
+    let all = u64::from(senders * bursts * VECTORS);
+    assert_eq!(machine.word(WRONG), all << 32, "interrupts that came, and how many of them were wrong");
+    for number in 0..senders {
+        let last = FIRST_VECTOR + number * VECTORS;
+        let burst = (last..last + VECTORS).rev().map(|vector| (0, Event::Fixed(vector as u8)));
+        let expected: Vec<_> = (0..bursts).flat_map(|_| burst.clone()).collect();
+        assert_eq!(machine.sent(number as usize + 1), expected);
+    }
+    println!("storm of {all} interrupts to node 0 from {senders} nodes: {} page transfers", machine.transfers());
+}
+
+#[test]
+fn a_storm_of_interrupts_loses_none() {
+    storm(2, 40);
+    storm(3, 30);
+}
