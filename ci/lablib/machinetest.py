@@ -3,6 +3,7 @@
 import re
 import time
 
+from .errors import LabError
 from .labmachine import LabHosts, Machine
 from .network import address
 from .paths import OUT
@@ -13,9 +14,13 @@ LOGS = OUT / "test"
 MIB_EACH = 384
 #: A shell as process 1: the stock kernel and initrd, without the minutes that systemd takes here.
 SHELL = "init=/bin/bash"
+#: The shell of the stock initrd as process 1: the kernel's own boot and nothing after it. Mitigations and
+#: slow grace periods cost minutes on emulated hosts.
+INITRD_SHELL = "rdinit=/bin/sh mitigations=off rcupdate.rcu_expedited=1"
 #: The guest's clock runs this many times slower on two emulated hosts: at their speed every tick
-#: costs tens of page transfers, and at full rate ticks alone would fill the time.
-SLOWER = 20
+#: costs tens of page transfers, and at full rate ticks alone would fill the time. Above 14 times the
+#: rate of the LAPIC timer no longer fits the 32 bits that Linux has for it.
+SLOWER = 14
 #: Seconds after which the loss of a host has to be known (and the machine gone).
 LOSS_LIMIT = 5
 
@@ -66,24 +71,39 @@ class MachineTests:
         arguments = ["--nodes", "/tmp/hosts.txt", "--append", f"{self.slow_clock()} {append}", IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
+    def both_cpus_up(self, name):
+        """A machine over both hosts whose kernel has both CPUs up; the caller's to end.
+
+        A guest has been seen to crash in its first second, once in about ten boots, for a reason that
+        is not known (README, Status): a crash is said and tried again, once.
+        """
+        for last in (False, True):
+            machine = self.two_host_machine(name, f"{INITRD_SHELL} loglevel=7").__enter__()
+            try:
+                machine.expect(r"Brought up 2 nodes, 2 CPUs", 400)
+                say(f"     both CPUs are up after {time.monotonic() - machine.begun:.0f} s")
+                return machine
+            except BaseException as error:
+                machine.__exit__(None, None, None)
+                if last or not isinstance(error, LabError) or "crashed" not in str(error):
+                    raise
+                say(f"     {error}: tried again")
+
     def two_hosts(self):
         """One machine over two hosts: to a shell, what it sees of itself, power-off, status 0."""
-        with self.two_host_machine("two-hosts", f"{SHELL} loglevel=7") as machine:
+        with self.both_cpus_up("two-hosts") as machine:
             try:
-                machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
-                say(f"     both CPUs are up after {time.monotonic() - machine.begun:.0f} s")
-                machine.login(timeout=780)
-                say(f"     shell after {time.monotonic() - machine.begun:.0f} s")
+                machine.expect(r"Run /bin/sh as init process", 780)
+                say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
                 look_around(machine, cpus=2, nodes=2, mib=2 * MIB_EACH)
-                machine.shut_down()
+                machine.shut_down(240)
             finally:
                 report(machine)
         assert len(machine.counters()) == 2, f"counters of both nodes were expected: {machine.said()[-3:]}"
 
     def cable_and_power(self):
         """A cable unplugged for 2 s does no harm; a host's power failure ends the machine cleanly."""
-        with self.two_host_machine("loss", f"{SHELL} loglevel=7") as machine:
-            machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
+        with self.both_cpus_up("loss") as machine:
             self.hosts.lab("link", "h1", "down")
             time.sleep(2)
             self.hosts.lab("link", "h1", "up")
@@ -104,30 +124,31 @@ class MachineTests:
         left = self.hosts.processes("h0")
         assert not left, f"left on h0: {left}"
 
-    def again_after_loss(self):
-        """The host that came back takes part in a new machine."""
-        self.hosts.lab("start", "h1", limit=240)
-        self.hosts.prepare("h1")
-        self.hosts.start_node("h1")
-        with self.two_host_machine("again", f"{SHELL} loglevel=7") as machine:
-            machine.expect(r"Brought up 2 nodes, 2 CPUs", 300)
+
+def ask(machine, command, limit=300):
+    """The output of a command in a shell that knows no more than the initrd's does."""
+    begin = machine.seen
+    machine.commands += 1
+    # The shell computes the mark, so that the echo of this line can't be taken for it.
+    machine.send(f"{command}; echo mark-$((1000 + {machine.commands}))\n")
+    match = machine.expect(rf"mark-{1000 + machine.commands}\r?\n", limit)
+    return machine.text[begin:match.start()]
 
 
 def look_around(machine, cpus, nodes, mib):
     """Checks, in a guest's shell, that it is one machine of all hosts' CPUs and memory."""
-    machine.run("mount -t proc proc /proc 2>/dev/null; mount -t sysfs sys /sys 2>/dev/null", 300)
-    limit = 300
-    found = machine.check("nproc", limit).strip()
-    assert found == str(cpus), f"nproc says {found}, not {cpus}"
-    found = machine.check("cat /sys/devices/system/node/online", limit).strip()
-    assert found == f"0-{nodes - 1}", f"NUMA nodes {found}, not 0-{nodes - 1}"
-    total = int(re.search(r"MemTotal: +(\d+) kB", machine.check("cat /proc/meminfo", limit)).group(1)) >> 10
+    ask(machine, "mkdir -p /proc /sys; mount -t proc proc /proc; mount -t sysfs sys /sys; echo 1 >/proc/sys/kernel/printk")
+    found = len(re.findall(r"^processor\s*: [0-9]+", ask(machine, "cat /proc/cpuinfo"), re.MULTILINE))
+    assert found == cpus, f"{found} processors, not {cpus}"
+    found = ask(machine, "cat /sys/devices/system/node/online")
+    assert re.search(rf"^0-{nodes - 1}\s*$", found, re.MULTILINE), f"NUMA nodes: {found!r}, not 0-{nodes - 1}"
+    total = int(re.search(r"MemTotal: +(\d+) kB", ask(machine, "cat /proc/meminfo")).group(1)) >> 10
     # The kernel keeps its image and its page descriptors for itself.
     assert mib * 0.8 <= total <= mib, f"MemTotal is {total} MiB of {mib}"
-    clock = machine.check("cat /sys/devices/system/clocksource/clocksource0/current_clocksource", limit).strip()
-    assert clock == "tsc", f"the clock source is {clock}"
-    release = machine.check("cat /proc/sys/kernel/osrelease", limit).strip()
-    say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source {clock}, kernel {release}")
+    found = ask(machine, "cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
+    assert re.search(r"^tsc\s*$", found, re.MULTILINE), f"the clock source: {found!r}"
+    release = re.search(r"^Linux version (\S+)", ask(machine, "cat /proc/version"), re.MULTILINE).group(1)
+    say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source tsc, stock kernel {release}")
 
 
 def drain(machine, seconds):

@@ -350,7 +350,7 @@ fn a_stopped_node() {
     kill_process(pids[1], Signal::STOP).unwrap();
     let left = front.end();
     assert_eq!(left.status, Some(3));
-    assert_eq!(left.message, "node 1 (127.0.0.1) is lost: no sign of life for 4.5 s");
+    assert_eq!(left.message, "node 1 (127.0.0.1) is lost: no sign of life for 4.2 s");
     assert!(left.took < Duration::from_millis(5500), "{:?}", left.took);
 }
 

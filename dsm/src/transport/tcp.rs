@@ -33,11 +33,11 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// 500 ms, 4.5 s, 1 GiB: a network that fails for 2 s only stalls the machine.
+    /// 500 ms, 4.2 s, 1 GiB: a network that fails for 2 s only stalls the machine.
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_millis(500),
-            silence: Duration::from_millis(4500),
+            silence: Duration::from_millis(4200),
             queue_limit: 1 << 30,
         }
     }

@@ -20,7 +20,7 @@ use super::frame::{self, Envelope, FrameError};
 pub const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Silence after which the other side counts as lost. TCP keeps trying for longer than that, so
 /// a link that is down for 2 s only stalls.
-pub const SILENCE: Duration = Duration::from_millis(4500);
+pub const SILENCE: Duration = Duration::from_millis(4200);
 /// Messages read ahead of whoever handles them; more make the sender wait.
 const QUEUE: usize = 256;
 
@@ -214,7 +214,7 @@ mod tests {
         let start = Instant::now();
         let lost = silent.receive(SILENCE * 2);
         assert!(
-            matches!(&lost, Some(Incoming::Lost(reason)) if reason.contains("4.5 s")),
+            matches!(&lost, Some(Incoming::Lost(reason)) if reason.contains("4.2 s")),
             "{lost:?}"
         );
         assert!(start.elapsed() < Duration::from_secs(5));
