@@ -12,8 +12,6 @@ from .steps import say
 IMAGE = "/lab/images/debian-minimal.img"
 LOGS = OUT / "test"
 MIB_EACH = 384
-#: A shell as process 1: the stock kernel and initrd, without the minutes that systemd takes here.
-SHELL = "init=/bin/bash"
 #: The shell of the stock initrd as process 1: the kernel's own boot and nothing after it. Mitigations and
 #: slow grace periods cost minutes on emulated hosts.
 INITRD_SHELL = "rdinit=/bin/sh mitigations=off rcupdate.rcu_expedited=1"
