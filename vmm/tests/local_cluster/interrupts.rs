@@ -23,7 +23,12 @@ const STARTED: u64 = 0x600;
 const FINISHED: u64 = 0x604;
 
 fn plan(nodes: usize, vcpus: u32) -> Plan {
-    Plan { nodes, vcpus, replicate: true, bug: None }
+    Plan {
+        nodes,
+        vcpus,
+        replicate: true,
+        bug: None,
+    }
 }
 
 fn put(memory: &GuestMemoryMmap<()>, bytes: &[u8], at: u64) {
@@ -33,8 +38,16 @@ fn put(memory: &GuestMemoryMmap<()>, bytes: &[u8], at: u64) {
 /// An interrupt gate of the boot processor.
 fn put_gate(memory: &GuestMemoryMmap<()>, vector: u64, handler: u64) {
     let low = handler & 0xffff | 0x10 << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
-    put(memory, &[low, handler >> 32].map(u64::to_le_bytes).concat(), IDT + vector * 16);
-    put(memory, &[&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat(), IDT_POINTER);
+    put(
+        memory,
+        &[low, handler >> 32].map(u64::to_le_bytes).concat(),
+        IDT + vector * 16,
+    );
+    put(
+        memory,
+        &[&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat(),
+        IDT_POINTER,
+    );
 }
 
 /// Runs until the guest resets.
@@ -71,8 +84,14 @@ fn two_nodes_exchange_a_thousand_interrupts() {
         put(memory, &[CYCLES, ROUNDS].map(u32::to_le_bytes).concat(), 0x620);
     });
     run(&nodes);
-    let counts = [nodes.word(STARTED), nodes.word(0x608)].map(|two| [two as u32, (two >> 32) as u32]).concat();
-    assert_eq!(counts, [CYCLES, CYCLES * ROUNDS, CYCLES * ROUNDS, CYCLES], "started, asked, answered, NMIs");
+    let counts = [nodes.word(STARTED), nodes.word(0x608)]
+        .map(|two| [two as u32, (two >> 32) as u32])
+        .concat();
+    assert_eq!(
+        counts,
+        [CYCLES, CYCLES * ROUNDS, CYCLES * ROUNDS, CYCLES],
+        "started, asked, answered, NMIs"
+    );
     assert_eq!(nodes.word(0x628) as u32, 0, "interrupts nobody sent");
     let mut expected = Vec::new();
     for _ in 0..CYCLES {
@@ -98,8 +117,12 @@ const THROUGH: u64 = 0x4000;
 /// A sender: bursts of all its vectors, as fast as it can; then it waits until the burst has come.
 fn sender(number: u32, bursts: u32) -> Result<Vec<u8>, MicroError> {
     let mut asm = CodeAssembler::new(16)?;
-    let (mut burst, mut send, mut wait, mut halt) =
-        (asm.create_label(), asm.create_label(), asm.create_label(), asm.create_label());
+    let (mut burst, mut send, mut wait, mut halt) = (
+        asm.create_label(),
+        asm.create_label(),
+        asm.create_label(),
+        asm.create_label(),
+    );
     let last = FIRST_VECTOR + number * VECTORS;
     asm.cli()?;
     asm.xor(ax, ax)?;
@@ -240,14 +263,23 @@ fn storm(nodes: usize, bursts: u32) {
     });
     run(&machine);
     let all = u64::from(senders * bursts * VECTORS);
-    assert_eq!(machine.word(WRONG), all << 32, "interrupts that came, and how many of them were wrong");
+    assert_eq!(
+        machine.word(WRONG),
+        all << 32,
+        "interrupts that came, and how many of them were wrong"
+    );
     for number in 0..senders {
         let last = FIRST_VECTOR + number * VECTORS;
-        let burst = (last..last + VECTORS).rev().map(|vector| (0, Event::Fixed(vector as u8)));
+        let burst = (last..last + VECTORS)
+            .rev()
+            .map(|vector| (0, Event::Fixed(vector as u8)));
         let expected: Vec<_> = (0..bursts).flat_map(|_| burst.clone()).collect();
         assert_eq!(machine.sent(number as usize + 1), expected);
     }
-    println!("storm of {all} interrupts to node 0 from {senders} nodes: {} page transfers", machine.transfers());
+    println!(
+        "storm of {all} interrupts to node 0 from {senders} nodes: {} page transfers",
+        machine.transfers()
+    );
 }
 
 #[test]

@@ -61,12 +61,16 @@ fn headers() -> Vec<u8> {
     // Entry, program headers, no section headers.
     [CODE, 64, 0].iter().for_each(|word| out.extend(word.to_le_bytes()));
     out.extend(0u32.to_le_bytes());
-    [64u16, 56, 1, 64, 0, 0].iter().for_each(|half| out.extend(half.to_le_bytes()));
+    [64u16, 56, 1, 64, 0, 0]
+        .iter()
+        .for_each(|half| out.extend(half.to_le_bytes()));
     // Loadable; readable, writable, executable.
     out.extend(1u32.to_le_bytes());
     out.extend(7u32.to_le_bytes());
     let len = IMAGE_LEN as u64;
-    [HEADERS, CODE, CODE, len, len, 8].iter().for_each(|word| out.extend(word.to_le_bytes()));
+    [HEADERS, CODE, CODE, len, len, 8]
+        .iter()
+        .for_each(|word| out.extend(word.to_le_bytes()));
     assert_eq!(out.len() as u64, HEADERS);
     out
 }

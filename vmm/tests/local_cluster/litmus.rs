@@ -7,8 +7,8 @@
 use std::time::{Duration, Instant};
 
 use krg_dsm::protocol::Bug;
-use krg_guest_kernel::micro::litmus::{self, Litmus, Run};
 use krg_guest_kernel::micro::code_asm::{CodeAssembler, qword_ptr, r8, r9, r10, rbx};
+use krg_guest_kernel::micro::litmus::{self, Litmus, Run};
 use krg_guest_kernel::micro::{Builder, MicroError, MicroGuest, counter, done, tso, wait_until};
 
 use super::nodes::{LOADED, MEMORY, Nodes, Plan, load_pieces};
@@ -31,12 +31,21 @@ fn iterations() -> u32 {
 }
 
 fn build(vcpus: usize, program: impl FnMut(&mut CodeAssembler, usize) -> Result<(), MicroError>) -> MicroGuest {
-    let builder = Builder { end: LOADED, accessed_dirty: true, ..Builder::new(MEMORY) };
+    let builder = Builder {
+        end: LOADED,
+        accessed_dirty: true,
+        ..Builder::new(MEMORY)
+    };
     builder.build(vcpus, program).unwrap()
 }
 
 pub fn plan(nodes: usize, vcpus: usize) -> Plan {
-    Plan { nodes, vcpus: vcpus as u32, replicate: true, bug: None }
+    Plan {
+        nodes,
+        vcpus: vcpus as u32,
+        replicate: true,
+        bug: None,
+    }
 }
 
 /// Runs a guest until its barrier has counted to `end`; the error says what went wrong.
@@ -84,12 +93,24 @@ fn check(test: &Litmus, plan: Plan, run_as: Run, patience: Duration) -> Result<(
     );
     let allowed = tso::allowed(test);
     match (0..litmus::TORN).find(|outcome| counts[*outcome] > 0 && !allowed.contains(outcome)) {
-        Some(outcome) => return Err(format!("{}: forbidden outcome {}: {counts:?}", test.name, test.outcome_text(outcome))),
-        None if counts[litmus::TORN] > 0 => return Err(format!("{}: a load saw a value of no round: {counts:?}", test.name)),
+        Some(outcome) => {
+            return Err(format!(
+                "{}: forbidden outcome {}: {counts:?}",
+                test.name,
+                test.outcome_text(outcome)
+            ));
+        }
+        None if counts[litmus::TORN] > 0 => {
+            return Err(format!("{}: a load saw a value of no round: {counts:?}", test.name));
+        }
         None => {}
     }
     assert_eq!(counts.iter().sum::<u64>(), total, "{}: {counts:?}", test.name);
-    assert!(transfers > u64::from(run_as.rounds), "{}: the nodes hardly met", test.name);
+    assert!(
+        transfers > u64::from(run_as.rounds),
+        "{}: the nodes hardly met",
+        test.name
+    );
     Ok(())
 }
 
@@ -109,7 +130,12 @@ fn dense() -> Run {
 
 /// Every iteration has pages of its own.
 fn sparse() -> Run {
-    Run { rounds: 4, batch: 100, stride: 4096, ..dense() }
+    Run {
+        rounds: 4,
+        batch: 100,
+        stride: 4096,
+        ..dense()
+    }
 }
 
 #[test]
@@ -135,14 +161,28 @@ fn three_nodes_show_only_what_tso_allows() {
 fn one_page_for_both_variables() {
     for test in [litmus::SB_FENCED, litmus::MP, litmus::LB, litmus::CORR] {
         let variables = [VARIABLES[1], VARIABLES[1] + 8];
-        let run_as = Run { rounds: 100, batch: 1, stride: 0, variables, ..dense() };
+        let run_as = Run {
+            rounds: 100,
+            batch: 1,
+            stride: 0,
+            variables,
+            ..dense()
+        };
         check(&test, plan(2, test.threads.len()), run_as, PATIENCE).unwrap();
     }
 }
 
 fn counting(vcpus: usize, count: u32) -> counter::Run {
     let page = |number: u64| VARIABLES[1] + number * 4096;
-    counter::Run { vcpus, count, barrier: BARRIER, counter: page(0), twin: page(1), lock: page(2), results: page(3) }
+    counter::Run {
+        vcpus,
+        count,
+        barrier: BARRIER,
+        counter: page(0),
+        twin: page(1),
+        lock: page(2),
+        results: page(3),
+    }
 }
 
 #[test]
@@ -151,10 +191,17 @@ fn locked_additions_of_all_nodes_find_every_value_once() {
         let run_as = counting(vcpus, iterations() / vcpus as u32);
         let guest = build(vcpus, |asm, vcpu| counter::locked_add(asm, vcpu, &run_as));
         let machine = run(plan(nodes, vcpus), &guest, 2 * vcpus as u64, PATIENCE).unwrap();
-        println!("locked additions: {} by {vcpus} vCPUs, {} page transfers", iterations(), machine.transfers());
+        println!(
+            "locked additions: {} by {vcpus} vCPUs, {} page transfers",
+            iterations(),
+            machine.transfers()
+        );
         let n = vcpus as u64 * u64::from(run_as.count);
         assert_eq!(machine.word(run_as.counter), n);
-        assert_eq!(machine.words(run_as.results, vcpus).iter().sum::<u64>(), n * (n - 1) / 2);
+        assert_eq!(
+            machine.words(run_as.results, vcpus).iter().sum::<u64>(),
+            n * (n - 1) / 2
+        );
     }
 }
 
@@ -164,7 +211,11 @@ fn a_spinlock_keeps_two_counters_equal() {
         let run_as = counting(nodes, iterations() / 100);
         let guest = build(nodes, |asm, vcpu| counter::spinlock(asm, vcpu, &run_as));
         let machine = run(plan(nodes, nodes), &guest, 2 * nodes as u64, PATIENCE).unwrap();
-        println!("spinlock: {} turns of {nodes} nodes, {} page transfers", run_as.count, machine.transfers());
+        println!(
+            "spinlock: {} turns of {nodes} nodes, {} page transfers",
+            run_as.count,
+            machine.transfers()
+        );
         let n = nodes as u64 * u64::from(run_as.count);
         assert_eq!((machine.word(run_as.counter), machine.word(run_as.twin)), (n, n));
         assert!(machine.words(run_as.results, nodes).iter().all(|&errors| errors == 0));
@@ -214,9 +265,19 @@ fn an_early_acknowledgement_is_caught() {
     let guest = build(2, |asm, vcpu| back_and_forth(asm, vcpu, ROUNDS));
     let started = Instant::now();
     let machine = run(plan(2, 2), &guest, ROUNDS.into(), PATIENCE).unwrap();
-    println!("{ROUNDS} times there and back: {} page transfers in {:?}", machine.transfers(), started.elapsed());
+    println!(
+        "{ROUNDS} times there and back: {} page transfers in {:?}",
+        machine.transfers(),
+        started.elapsed()
+    );
     drop(machine);
-    let bug = Plan { bug: Some(Bug::AckBeforeInvalidate), ..plan(2, 2) };
+    let bug = Plan {
+        bug: Some(Bug::AckBeforeInvalidate),
+        ..plan(2, 2)
+    };
     let caught = run(bug, &guest, ROUNDS.into(), Duration::from_secs(3)).err();
-    assert!(caught.is_some_and(|error| error.starts_with("no progress")), "the bug is not seen");
+    assert!(
+        caught.is_some_and(|error| error.starts_with("no progress")),
+        "the bug is not seen"
+    );
 }

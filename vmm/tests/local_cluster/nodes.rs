@@ -64,7 +64,9 @@ impl Fabric for Link {
             Direction::Write(_) if port(PORT_DONE) => std::thread::sleep(Duration::from_millis(1)),
             _ if self.stopping.load(Ordering::SeqCst) => {}
             Direction::Write(vector) if port(PORT_FAULT) => {
-                let _ = self.failed.send(format!("node {}: a vCPU took exception {vector}", self.me));
+                let _ = self
+                    .failed
+                    .send(format!("node {}: a vCPU took exception {vector}", self.me));
             }
             _ => drop(self.failed.send(format!("node {}: {access:x?}", self.me))),
         }
@@ -88,9 +90,15 @@ impl Client for Link {
     fn setup(&self, _: usize, _: &[u8]) {}
 
     fn roots(&self) -> Vec<u64> {
-        let Some(machine) = self.machine.get().and_then(Weak::upgrade) else { return Vec::new() };
+        let Some(machine) = self.machine.get().and_then(Weak::upgrade) else {
+            return Vec::new();
+        };
         machine.sample_roots();
-        machine.page_table_roots().into_iter().map(|(_, root)| root >> 12 & 0xff_ffff_ffff).collect()
+        machine
+            .page_table_roots()
+            .into_iter()
+            .map(|(_, root)| root >> 12 & 0xff_ffff_ffff)
+            .collect()
     }
 
     fn failed(&self, error: DsmError) {
@@ -127,7 +135,9 @@ impl Nodes {
             vcpus: (0..plan.vcpus).filter(|vcpu| owners[*vcpu as usize] == node).collect(),
             memory: MEMORY / plan.nodes as u64,
         };
-        let placement = Placement { hosts: (0..plan.nodes).map(share).collect() };
+        let placement = Placement {
+            hosts: (0..plan.nodes).map(share).collect(),
+        };
         let (end, ends) = channel();
         let (failed, failures) = channel();
         let mut load = Some(load);
@@ -168,17 +178,33 @@ impl Nodes {
                 bug: plan.bug,
             };
             dsm.start(start).unwrap();
-            Node { machine, dsm, transport, link }
+            Node {
+                machine,
+                dsm,
+                transport,
+                link,
+            }
         });
         let nodes = nodes.collect();
-        Nodes { nodes, owners, ends, failures, _turn: turn }
+        Nodes {
+            nodes,
+            owners,
+            ends,
+            failures,
+            _turn: turn,
+        }
     }
 
     /// Starts every vCPU of a micro guest at once.
     pub fn run_micro(&self, starts: &[InitialRegs]) {
         for (number, node) in self.nodes.iter().enumerate() {
             let mut state = node.machine.save().unwrap();
-            for (vcpu, start) in state.vcpus.iter_mut().zip(starts).filter(|(v, _)| self.owners[v.id as usize] == number) {
+            for (vcpu, start) in state
+                .vcpus
+                .iter_mut()
+                .zip(starts)
+                .filter(|(v, _)| self.owners[v.id as usize] == number)
+            {
                 let registers = vcpu.registers.as_mut().unwrap();
                 start.apply(&mut registers.sregs);
                 registers.regs = start.regs();
@@ -217,7 +243,10 @@ impl Nodes {
 
     /// Counters of all nodes.
     pub fn counters(&self) -> Vec<Counters> {
-        self.nodes.iter().map(|node| node.dsm.counters().unwrap_or_default().0).collect()
+        self.nodes
+            .iter()
+            .map(|node| node.dsm.counters().unwrap_or_default().0)
+            .collect()
     }
 
     /// Pages that went from one node to another.
@@ -243,7 +272,9 @@ impl Nodes {
     }
 
     fn stop_machines(&self) {
-        self.nodes.iter().for_each(|node| node.link.stopping.store(true, Ordering::SeqCst));
+        self.nodes
+            .iter()
+            .for_each(|node| node.link.stopping.store(true, Ordering::SeqCst));
         std::thread::scope(|scope| {
             for node in &self.nodes {
                 scope.spawn(|| node.machine.stop());
@@ -264,12 +295,10 @@ impl Drop for Nodes {
 /// A full mesh of loopback connections: `streams[i][j]` is node i's end to node j.
 fn mesh(nodes: usize) -> Vec<Vec<Option<TcpStream>>> {
     let mut streams: Vec<Vec<Option<TcpStream>>> = (0..nodes).map(|_| (0..nodes).map(|_| None).collect()).collect();
-    for a in 0..nodes {
-        for b in a + 1..nodes {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
-            streams[b][a] = Some(listener.accept().unwrap().0);
-        }
+    for (a, b) in (0..nodes).flat_map(|b| (0..b).map(move |a| (a, b))) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        streams[b][a] = Some(listener.accept().unwrap().0);
     }
     streams
 }

@@ -60,7 +60,12 @@ impl Program {
                 }
             }
         });
-        Self { child, place, console, said: String::new() }
+        Self {
+            child,
+            place,
+            console,
+            said: String::new(),
+        }
     }
 
     /// Waits until the console has shown `text`.
@@ -92,7 +97,11 @@ impl Program {
             }
             if start.elapsed() > PATIENCE {
                 self.child.kill().unwrap();
-                panic!("no end; the console showed {:?}{:?}", self.said, self.console.try_iter().collect::<String>());
+                panic!(
+                    "no end; the console showed {:?}{:?}",
+                    self.said,
+                    self.console.try_iter().collect::<String>()
+                );
             }
             thread::sleep(Duration::from_millis(5));
         };
@@ -103,7 +112,12 @@ impl Program {
         let mut message = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut message).unwrap();
         let console = self.console.iter().fold(self.said, |said, more| said + &more);
-        Ended { status: status.code(), console, message, took }
+        Ended {
+            status: status.code(),
+            console,
+            message,
+            took,
+        }
     }
 }
 
@@ -126,7 +140,12 @@ fn counts_and_powers_off(hosts: Option<&str>, memory: &str) {
     const COUNT: u32 = 2000;
     let ended = Program::start(&kernel::elf(COUNT), hosts, memory).end();
     assert_eq!(ended.status, Some(0), "{}", ended.message);
-    assert!(ended.console.contains(&kernel::line(COUNT)), "{:?} {}", ended.console, ended.message);
+    assert!(
+        ended.console.contains(&kernel::line(COUNT)),
+        "{:?} {}",
+        ended.console,
+        ended.message
+    );
     println!("powered off after {:?}: {}", ended.took, ended.message);
 }
 
@@ -145,7 +164,11 @@ fn two_hosts_count_and_power_off() {
 fn a_killed_node_ends_the_machine_and_is_named() {
     for victim in [1, 0] {
         let hosts = two_hosts();
-        let mut program = Program::start(&kernel::elf(u32::MAX), Some(&format!("{}\n{}\n", hosts[0], hosts[1])), "256M");
+        let mut program = Program::start(
+            &kernel::elf(u32::MAX),
+            Some(&format!("{}\n{}\n", hosts[0], hosts[1])),
+            "256M",
+        );
         program.wait_for(kernel::HELLO);
         thread::sleep(Duration::from_millis(300));
         kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();

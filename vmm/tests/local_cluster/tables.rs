@@ -95,7 +95,10 @@ fn consume(asm: &mut CodeAssembler) -> Result<(), MicroError> {
 /// The program of both vCPUs: all pages in turn; then vCPU 0 unlinks the tables, one after the other,
 /// and both count in what was one.
 fn program(asm: &mut CodeAssembler, vcpu: usize, upper: &[u64]) -> Result<(), MicroError> {
-    let barrier = Barrier { address: MEETING, vcpus: 2 };
+    let barrier = Barrier {
+        address: MEETING,
+        vcpus: 2,
+    };
     let (mut map, mut reuse, mut count) = (asm.create_label(), asm.create_label(), asm.create_label());
     asm.mov(r12, 0u64)?;
     asm.mov(r14, 0x9e37_79b9u64 + vcpu as u64)?;
@@ -103,7 +106,11 @@ fn program(asm: &mut CodeAssembler, vcpu: usize, upper: &[u64]) -> Result<(), Mi
     asm.set_label(&mut map)?;
     for turn in 0..2 {
         asm.lea(r13, qword_ptr(r12 + 1))?;
-        if turn == vcpu { publish(asm, upper)? } else { consume(asm)? }
+        if turn == vcpu {
+            publish(asm, upper)?
+        } else {
+            consume(asm)?
+        }
         asm.inc(r12)?;
     }
     if vcpu == 0 {
@@ -145,16 +152,28 @@ fn program(asm: &mut CodeAssembler, vcpu: usize, upper: &[u64]) -> Result<(), Mi
 
 /// The guest, with the window's tables linked and empty.
 fn guest() -> MicroGuest {
-    let builder = Builder { end: DIRECTORY, accessed_dirty: true, ..Builder::new(MEMORY) };
+    let builder = Builder {
+        end: DIRECTORY,
+        accessed_dirty: true,
+        ..Builder::new(MEMORY)
+    };
     // The tables come before the code, so any program tells where they are.
     let plain = builder.build(2, done).unwrap();
     let root = plain.roots[0];
-    let (_, bytes) = plain.writes.iter().find(|(at, _)| *at == root).expect("the root is written");
+    let (_, bytes) = plain
+        .writes
+        .iter()
+        .find(|(at, _)| *at == root)
+        .expect("the root is written");
     let pointers = u64::from_le_bytes(bytes[..8].try_into().unwrap()) & !0xfff;
     let upper = [root, pointers, DIRECTORY];
     let mut guest = builder.build(2, |asm, vcpu| program(asm, vcpu, &upper)).unwrap();
     assert_eq!(guest.roots, [root]);
-    let (_, bytes) = guest.writes.iter_mut().find(|(at, _)| *at == pointers).expect("the table is written");
+    let (_, bytes) = guest
+        .writes
+        .iter_mut()
+        .find(|(at, _)| *at == pointers)
+        .expect("the table is written");
     bytes[8..16].copy_from_slice(&(DIRECTORY | LINK).to_le_bytes());
     let links = (0..TABLE_COUNT).flat_map(|table| ((TABLES + table * 0x1000) | LINK).to_le_bytes());
     guest.writes.push((DIRECTORY, links.collect()));
@@ -166,12 +185,17 @@ fn map_and_reuse(plan: Plan) -> Result<Counters, String> {
     let patience = if plan.bug.is_some() { PATIENCE / 4 } else { PATIENCE };
     let nodes: Nodes = run(plan, &guest(), PAGES + 1, patience)?;
     let all = nodes.counters();
-    println!("{PAGES} pages mapped in turn, {plan:?}: {} page transfers, {all:?}", nodes.transfers());
+    println!(
+        "{PAGES} pages mapped in turn, {plan:?}: {} page transfers, {all:?}",
+        nodes.transfers()
+    );
     let wrong = nodes.words(WRONG, 2);
     if wrong != [0, 0] {
         return Err(format!("pages mapped wrongly: {wrong:?}"));
     }
-    let counts: Vec<u64> = (0..TABLE_COUNT).map(|table| nodes.word(TABLES + table * 0x1000 + COUNTER)).collect();
+    let counts: Vec<u64> = (0..TABLE_COUNT)
+        .map(|table| nodes.word(TABLES + table * 0x1000 + COUNTER))
+        .collect();
     if counts != vec![u64::from(2 * COUNT); TABLE_COUNT as usize] {
         return Err(format!("counts in what was a table: {counts:?}"));
     }
@@ -180,19 +204,31 @@ fn map_and_reuse(plan: Plan) -> Result<Counters, String> {
 
 /// What a planted bug did, in one of a few runs.
 fn caught(bug: Bug) -> String {
-    let buggy = Plan { bug: Some(bug), ..plan(2, 2) };
-    (0..4).find_map(|_| map_and_reuse(buggy).err()).expect("the bug is not seen")
+    let buggy = Plan {
+        bug: Some(bug),
+        ..plan(2, 2)
+    };
+    (0..4)
+        .find_map(|_| map_and_reuse(buggy).err())
+        .expect("the bug is not seen")
 }
 
 #[test]
 fn replicated_tables_are_in_place_when_they_are_told_of() {
     let counters = map_and_reuse(plan(2, 2)).unwrap();
-    assert!(counters.promotions > 0 && counters.words_merged > 0, "nothing was replicated: {counters:?}");
+    assert!(
+        counters.promotions > 0 && counters.words_merged > 0,
+        "nothing was replicated: {counters:?}"
+    );
 }
 
 #[test]
 fn shared_tables_have_one_writer() {
-    let counters = map_and_reuse(Plan { replicate: false, ..plan(2, 2) }).unwrap();
+    let counters = map_and_reuse(Plan {
+        replicate: false,
+        ..plan(2, 2)
+    })
+    .unwrap();
     assert_eq!((counters.promotions, counters.words_merged), (0, 0));
 }
 
@@ -203,7 +239,10 @@ fn merging_before_freezing_is_caught() {
     // A processor that found no entry: node 1 tells at once, node 0 stands in the handler. The window's
     // addresses all begin alike.
     let fault = format!("cr2 {:#x}", WINDOW >> 20);
-    assert!(caught.contains("took exception 14") || caught.contains(&fault), "{caught}");
+    assert!(
+        caught.contains("took exception 14") || caught.contains(&fault),
+        "{caught}"
+    );
     println!("caught: {caught}");
 }
 
