@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 
 
-
 class Skip(Exception):
     """Why a step can't be tried here."""
 
