@@ -21,6 +21,13 @@ LAB = CI / "lab"
 PROGRAM = "/tmp/krg-vmm"
 SECRET = "/tmp/secret"
 NODE_PORT = 7447
+#: The clock of a guest over several emulated hosts runs this many times slower than real time: at their
+#: speed every tick costs tens of page transfers, and at full rate ticks alone would fill the time.
+SLOWER = 40
+#: What else such a guest is told. The timer in deadline mode counts in TSC ticks, whose number a
+#: second Linux keeps in 32 bits (tsc_khz * 125): above 14 times it would go wrong. Mitigations and slow
+#: grace periods cost minutes here.
+OPTIONS = "lapic=notscdeadline mitigations=off rcupdate.rcu_expedited=1"
 #: A long wait says this often, in seconds, what the console shows.
 PROGRESS = 60
 
@@ -102,6 +109,13 @@ class LabHosts:
         if not match:
             raise LabError(f"{host}: its kernel doesn't say how fast its TSC is")
         return round(float(match.group(1)) * 1000)
+
+    def emulation_options(self):
+        """The guest's kernel parameters for a machine over several emulated hosts; says what they do."""
+        khz = self.tsc_khz("h0")
+        say(f"     for the sake of emulation: {OPTIONS}; the guest's clock runs {SLOWER} times slower than real "
+            f"time (its TSC has {khz} kHz, tsc_early_khz={khz * SLOWER} tells it otherwise)")
+        return f"{OPTIONS} tsc_early_khz={khz * SLOWER}"
 
     def processes(self, host):
         """Command lines of all krg-vmm processes on a host."""

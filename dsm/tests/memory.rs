@@ -100,16 +100,18 @@ fn a_page_goes_through_all_its_states() {
 #[test]
 fn protection_of_a_zero_page_holds() {
     let (mut memory, mut sources) = memory(1);
-    memory.install_zero(7, false);
+    memory.install_zeros(7..8);
+    memory.protect(7);
     assert_eq!(memory.load(7, 511), 0);
     let writer = touch(&memory, |ram| word(ram, 7, 0).store(1, Ordering::Relaxed));
     assert!(one_fault(&mut sources[0]).protected);
     assert!(waits(&writer));
     memory.unprotect(7);
     writer.recv_timeout(PATIENCE).unwrap();
-    memory.install_zero(8, true);
+    memory.install_zeros(8..100);
     word(memory.ram(), 8, 0).store(1, Ordering::Relaxed);
-    assert_eq!((memory.load(7, 0), memory.load(8, 0)), (1, 1));
+    assert_eq!([memory.load(7, 0), memory.load(8, 0), memory.load(99, 511)], [1, 1, 0]);
+    assert_eq!((memory.access(99), memory.access(100)), (Access::Writable, Access::Absent));
 }
 
 #[test]
@@ -138,7 +140,7 @@ fn system_calls_fault_like_the_guest() {
     });
     let fault = one_fault(&mut sources[0]);
     assert_eq!((fault.page, fault.write, fault.protected), (20, true, false));
-    memory.install_zero(20, true);
+    memory.install_zeros(20..21);
     assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 4096);
     assert_eq!(memory.load(20, 511), 0xabab_abab_abab_abab);
 
@@ -196,7 +198,7 @@ fn broken_requests_are_kept_and_change_nothing() {
         word,
         pages: 66048,
     };
-    let cases: [(Break, MemoryError); 9] = [
+    let cases: [(Break, MemoryError); 10] = [
         (|m| drop(m.read(1)), state(1, "read", Access::Absent)),
         (|m| m.protect(1), state(1, "protect", Access::Absent)),
         (|m| m.discard(1), state(1, "discard", Access::Absent)),
@@ -213,7 +215,8 @@ fn broken_requests_are_kept_and_change_nothing() {
             |m| assert_eq!(m.compare_exchange(2, 0, 1, 2), Ok(1)),
             state(2, "compare and exchange", Access::ReadOnly),
         ),
-        (|m| m.install_zero(66048, true), bounds(66048, 0)),
+        (|m| m.install_zeros(66048..66049), bounds(66048, 0)),
+        (|m| m.install_zeros(1..3), state(2, "install", Access::ReadOnly)),
         (|m| assert_eq!(m.load(2, 512), 0), bounds(2, 512)),
     ];
     for (broken, expected) in cases {
@@ -269,7 +272,8 @@ fn serve(memory: &Arc<Mutex<UffdMemory>>, mut source: FaultSource) -> JoinHandle
             for fault in &faults {
                 count += 1;
                 match (memory.access(fault.page), fault.write) {
-                    (Access::Absent, write) => memory.install_zero(fault.page, write),
+                    (Access::Absent, false) => memory.install(fault.page, &[0; 512], false),
+                    (Access::Absent, true) => memory.install_zeros(fault.page..fault.page + 1),
                     (Access::ReadOnly, true) => memory.unprotect(fault.page),
                     _ => memory.wake(fault.page),
                 }

@@ -133,6 +133,26 @@ fn a_frame_may_have_many_parts() {
     }
 }
 
+#[test]
+fn frames_sent_together_arrive_apart_and_in_order() {
+    let [one, two] = two_nodes(Config::default());
+    let (_ours, theirs) = (record(&one), record(&two));
+    let frames: Vec<Vec<u8>> = (0..50usize).map(|n| vec![n as u8; n * n]).collect();
+    for _ in 0..20 {
+        one.send_together(1, 3, &frames).unwrap();
+        for frame in &frames {
+            assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 3, frame.clone()));
+        }
+    }
+    assert_eq!(one.count(1).class(3).frames_out, 1000);
+    // One that can't be sent keeps the others back, too.
+    let broken = [vec![1], vec![0; MAX_PAYLOAD + 1]];
+    assert_eq!(one.send_together(1, 3, &broken), Err(SendError::TooLong { peer: 1, len: MAX_PAYLOAD + 1 }));
+    one.send(1, 4, &[b"next"]).unwrap();
+    assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 4, b"next".to_vec()));
+    assert_eq!(one.send_together(0, 3, &frames), Err(SendError::NoPeer { peer: 0 }));
+}
+
 /// Answers every request with two frames from inside the handler, under a lock that the senders
 /// hold, too.
 struct Answering {

@@ -27,5 +27,12 @@ mod worker;
 pub use error::{Error, Result};
 pub use interrupt::MsiSink;
 
+/// Told what a device is about to touch, so that pages which are elsewhere come together, not one by
+/// one as they are touched. Must not wait for them.
+pub trait Prefetch: Send + Sync {
+    /// `len` bytes at `gpa` will be read, or written.
+    fn prefetch(&self, gpa: u64, len: u64, write: bool);
+}
+
 /// Guest memory as the devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

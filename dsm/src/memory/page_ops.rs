@@ -1,12 +1,14 @@
 //! The page operations that the coherence protocol does on guest RAM under userfaultfd.
 
+use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 
+use crate::memory::uffd_memory::ZEROS_AT_ONCE;
 use crate::memory::{Access, PAGE_WORDS, UffdMemory, compare};
 use crate::protocol::Memory;
 
 /// The words of a page that is all zero.
-static ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
+const ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
 
 /// After an error, which [`UffdMemory::failed`] keeps, an operation has changed nothing and what
 /// it returns means nothing.
@@ -54,12 +56,17 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         self.keep(result);
     }
 
-    /// [`Self::install`] of a page of zeros.
-    fn install_zero(&mut self, page: u32, writable: bool) {
+    /// Absent to present and writable, all zero; wakes those who wait for the pages.
+    fn install_zeros(&mut self, pages: Range<u32>) {
         // Copied rather than UFFDIO_ZEROPAGE: that maps the kernel's one zero page, on which
         // write protection does not hold and whose first write costs another fault.
-        let result = self.try_install(page, &ZERO, writable, "install");
-        self.keep(result);
+        let mut next = pages.start;
+        while next < pages.end {
+            let some = next..pages.end.min(next + ZEROS_AT_ONCE as u32);
+            next = some.end;
+            let result = self.try_install_zeros(some);
+            self.keep(result);
+        }
     }
 
     /// Present to absent; when it returns nobody can reach the old content. Later touches fault.

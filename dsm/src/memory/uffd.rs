@@ -167,23 +167,28 @@ impl Uffd {
         Ok(())
     }
 
-    /// Fills the absent page at `address` with `data`, read-only unless `writable`, and wakes
-    /// those who wait for it.
+    /// Fills the absent pages from `address` on with `data`, read-only unless `writable`, and wakes
+    /// those who wait for them.
     ///
     /// # Errors
     /// A page that is present (EEXIST), memory not registered (ENOENT), no memory (ENOMEM).
-    pub fn copy(&self, address: u64, data: &[u64; PAGE_WORDS], writable: bool) -> Result<(), MemoryError> {
-        let mut copy = Copy {
-            dst: address,
-            src: data.as_ptr() as u64,
-            len: PAGE_SIZE as u64,
-            mode: if writable { 0 } else { COPY_WP },
-            copied: 0,
-        };
-        // SAFETY: the request matches the structure and reads one page from `data`. The kernel
-        // fills only memory that was registered, for which `register`'s caller vouched.
-        self.repeat("copy", address, || unsafe {
-            ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut copy)
+    pub fn copy(&self, address: u64, data: &[[u64; PAGE_WORDS]], writable: bool) -> Result<(), MemoryError> {
+        let mut done = 0;
+        // A request that was interrupted has filled some pages; the next one fills the rest.
+        self.repeat("copy", address, || {
+            let mut copy = Copy {
+                dst: address + done,
+                src: data.as_ptr() as u64 + done,
+                len: size_of_val(data) as u64 - done,
+                mode: if writable { 0 } else { COPY_WP },
+                copied: 0,
+            };
+            // SAFETY: the request matches the structure and reads what is left of `data`. The kernel
+            // fills only memory that was registered, for which `register`'s caller vouched.
+            let result = unsafe { ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut copy) };
+            // Negative: an error number.
+            done += u64::try_from(copy.copied).unwrap_or(0);
+            result
         })
     }
 
@@ -245,7 +250,7 @@ impl Uffd {
     ) -> Result<(), MemoryError> {
         for _ in 0..ATTEMPTS {
             match attempt() {
-                // The address space is changing (fork, mremap); a single page is never half done.
+                // The address space is changing (fork, mremap), or a signal came.
                 Err(Errno(libc::EAGAIN | libc::EINTR)) => std::thread::yield_now(),
                 result => return result.map_err(|errno| self.failed(request, address, errno)),
             }

@@ -8,12 +8,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::access::AccessMap;
 use crate::memory::uffd::{Features, Uffd};
-use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_WORDS};
+use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS};
 
 /// Version of [`MemoryState`].
 const STATE_VERSION: u32 = 1;
 /// Neighbouring pages that share a userfaultfd: 64 MiB.
 const STRIPE_PAGES: u32 = 1 << (26 - PAGE_SHIFT);
+
+/// Most pages that [`UffdMemory::try_install_zeros`] takes.
+pub(super) const ZEROS_AT_ONCE: usize = 32;
+static ZEROS: [[u64; PAGE_WORDS]; ZEROS_AT_ONCE] = [[0; PAGE_WORDS]; ZEROS_AT_ONCE];
 
 /// Guest RAM under userfaultfd, as the coherence protocol uses it. Starts with every page absent.
 ///
@@ -209,6 +213,30 @@ impl UffdMemory {
         Ok(())
     }
 
+    /// Fills absent pages, [`ZEROS_AT_ONCE`] at most, with zeros: in one request where they are
+    /// neighbours in this process, too, and belong to one userfaultfd.
+    pub(super) fn try_install_zeros(&mut self, pages: Range<u32>) -> Result<(), MemoryError> {
+        for page in pages.clone() {
+            self.expect(page, "install", Access::Absent)?;
+        }
+        let Some(last) = pages.clone().last() else { return Ok(()) };
+        let (uffd, address) = self.at(pages.start)?;
+        let (last_uffd, last_address) = self.at(last)?;
+        let len = pages.len() << PAGE_SHIFT;
+        if std::ptr::eq(uffd, last_uffd) && last_address.checked_sub(address) == Some((len - PAGE_SIZE) as u64) {
+            uffd.copy(address, &ZEROS[..pages.len()], true)?;
+        } else {
+            for page in pages.clone() {
+                let (uffd, address) = self.at(page)?;
+                uffd.copy(address, &ZEROS[..1], true)?;
+            }
+        }
+        for page in pages {
+            self.access.set(page, Access::Writable);
+        }
+        Ok(())
+    }
+
     pub(super) fn try_install(
         &mut self,
         page: u32,
@@ -218,7 +246,7 @@ impl UffdMemory {
     ) -> Result<(), MemoryError> {
         self.expect(page, operation, Access::Absent)?;
         let (uffd, address) = self.at(page)?;
-        uffd.copy(address, data, writable)?;
+        uffd.copy(address, std::slice::from_ref(data), writable)?;
         self.access
             .set(page, if writable { Access::Writable } else { Access::ReadOnly });
         Ok(())

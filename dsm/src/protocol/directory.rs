@@ -100,6 +100,36 @@ impl<const W: usize> Engine<W> {
         if self.geometry.home(page) == self.me { Ok(()) } else { Err(ProtocolError { from, what, page }) }
     }
 
+    /// As home: takes a page nobody wrote yet, and the untouched ones of its group. Nobody is asked: what
+    /// a later request sends comes after this step.
+    pub(super) fn take_untouched(&mut self, page: u32, memory: &mut impl Memory<W>) -> bool {
+        let untouched = |engine: &mut Self, page| {
+            engine.geometry.home(page) == engine.me && *engine.directory.place(page) == Place::Untouched
+        };
+        if !untouched(self, page) {
+            return false;
+        }
+        let first = page - page % self.zero_group;
+        let end = first.saturating_add(self.zero_group).min(self.geometry.pages());
+        let mut next = first;
+        while next < end {
+            let run = next..(next..end).find(|&p| !untouched(self, p)).unwrap_or(end);
+            next = run.end + 1;
+            if run.is_empty() {
+                continue;
+            }
+            for page in run.clone() {
+                *self.directory.place(page) = Place::Owned { owner: self.me, sharers: 0 };
+                self.access[page as usize] = Access::Exclusive;
+            }
+            self.counters.zero_neighbours += u64::from(run.end - run.start);
+            memory.install_zeros(run);
+        }
+        self.counters.zero_neighbours -= 1;
+        self.counters.zero_grants += 1;
+        true
+    }
+
     pub(super) fn home_get(
         &mut self,
         from: NodeId,

@@ -1,5 +1,7 @@
 //! What the protocol asks of the guest memory of its own node.
 
+use std::ops::Range;
+
 /// The content of one page: `W` 64-bit words (512 on x86; a few in the model checker).
 pub type PageData<const W: usize> = [u64; W];
 
@@ -17,8 +19,8 @@ pub trait Memory<const W: usize> {
     fn read(&self, page: u32) -> Box<PageData<W>>;
     /// Absent becomes present with `data`; waiters are woken.
     fn install(&mut self, page: u32, data: &PageData<W>, writable: bool);
-    /// Absent becomes present, all zero; waiters are woken.
-    fn install_zero(&mut self, page: u32, writable: bool);
+    /// Absent becomes present, all zero and writable, for every page of a range; waiters are woken.
+    fn install_zeros(&mut self, pages: Range<u32>);
     /// Present becomes absent: whoever touches it faults.
     fn discard(&mut self, page: u32);
     /// Lets waiters on a page try again.

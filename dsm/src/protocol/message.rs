@@ -215,10 +215,12 @@ impl<const W: usize> Message<W> {
     }
 }
 
+/// A page of zeros is one byte.
 fn put_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
-    out.reserve(W * 8);
-    for w in words {
-        out.extend(w.to_le_bytes());
+    let zero = words.iter().all(|w| *w == 0);
+    out.push(u8::from(!zero));
+    if !zero {
+        out.extend(words.iter().flat_map(|w| w.to_le_bytes()));
     }
 }
 
@@ -251,8 +253,16 @@ impl Reader<'_> {
 
     fn words<const W: usize>(&mut self) -> Result<Box<PageData<W>>, Malformed> {
         let mut words = Box::new([0; W]);
-        for w in words.iter_mut() {
-            *w = u64::from_le_bytes(self.take()?);
+        match self.u8()? {
+            0 => {}
+            1 => {
+                let (bytes, rest) = self.0.split_at_checked(W * 8).ok_or(Malformed)?;
+                self.0 = rest;
+                for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+                    *word = u64::from_le_bytes(bytes.try_into().expect("chunks of eight"));
+                }
+            }
+            _ => return Err(Malformed),
         }
         Ok(words)
     }
@@ -286,7 +296,7 @@ mod tests {
             Get { page: 7, write: true, table: false },
             Fetch { page: 7, requester: 3, write: false, acks: 2, alone: true, table: true, done: false, migratory: true },
             Data { page: 1, write: true, acks: 4, done: true, migratory: false, data: Box::new([5, 6]) },
-            Data { page: 1, write: false, acks: 0, done: true, migratory: true, data: Box::new([5, 6]) },
+            Data { page: 1, write: false, acks: 0, done: true, migratory: true, data: Box::new([0, 0]) },
             Grant { page: 1, zero: true, acks: 0, done: false },
             Invalidate { page: 2, requester: 63 },
             InvalidateAck { page: 2 },

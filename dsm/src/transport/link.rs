@@ -63,26 +63,49 @@ impl Link {
 
     /// See [`crate::transport::Transport::send`].
     pub fn send(&self, class: u8, parts: &[&[u8]]) -> Result<(), SendError> {
+        self.check(class, parts.iter().map(|part| part.len()).sum())?;
+        self.enter(|outbound| self.push(outbound, class, parts, 0))
+    }
+
+    /// See [`crate::transport::Transport::send_together`].
+    pub fn send_together(&self, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
+        frames.iter().try_for_each(|frame| self.check(class, frame.len()))?;
+        self.enter(|outbound| {
+            frames.iter().enumerate().try_for_each(|(n, frame)| {
+                // The network may wait for the rest before it sends a packet.
+                let more = if n + 1 < frames.len() { libc::MSG_MORE } else { 0 };
+                self.push(outbound, class, &[frame], more)
+            })
+        })
+    }
+
+    fn check(&self, class: u8, len: usize) -> Result<(), SendError> {
         let peer = self.peer;
-        let len = parts.iter().map(|part| part.len()).sum();
         if len > MAX_PAYLOAD {
             return Err(SendError::TooLong { peer, len });
         }
         if class == HEARTBEAT {
             return Err(SendError::Reserved { peer });
         }
+        Ok(())
+    }
+
+    /// Pushes with the queue locked; an error ends the stream.
+    fn enter(&self, push: impl FnOnce(&mut Outbound) -> Result<(), LostReason>) -> Result<(), SendError> {
+        let peer = self.peer;
         let mut outbound = self.lock();
         if outbound.ended || outbound.flush_until.is_some() {
             return Err(SendError::Gone { peer });
         }
-        self.push(&mut outbound, class, parts, len).map_err(|reason| {
+        push(&mut outbound).map_err(|reason| {
             self.give_up(&mut outbound, reason);
             SendError::Gone { peer }
         })
     }
 
     /// Sends a frame as far as the network takes it at once and queues the rest.
-    fn push(&self, outbound: &mut Outbound, class: u8, parts: &[&[u8]], len: usize) -> Result<(), LostReason> {
+    fn push(&self, outbound: &mut Outbound, class: u8, parts: &[&[u8]], flags: i32) -> Result<(), LostReason> {
+        let len = parts.iter().map(|part| part.len()).sum();
         let header = frame::header(class, len);
         let mut sent = 0;
         if outbound.queue.is_empty() {
@@ -92,7 +115,7 @@ impl Link {
             for (slice, part) in slices[1..].iter_mut().zip(parts) {
                 *slice = IoSlice::new(part);
             }
-            sent = self.transmit(&slices[..parts.len().min(PARTS) + 1])?;
+            sent = self.transmit(&slices[..parts.len().min(PARTS) + 1], flags)?;
         }
         outbound.active = true;
         if sent < HEADER + len {
@@ -113,9 +136,9 @@ impl Link {
         Ok(())
     }
 
-    /// Bytes the network took without waiting.
-    fn transmit(&self, slices: &[IoSlice<'_>]) -> Result<usize, LostReason> {
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    /// Bytes the network took without waiting. `flags` of send(2) beside the ones that always hold.
+    fn transmit(&self, slices: &[IoSlice<'_>], flags: i32) -> Result<usize, LostReason> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | flags;
         loop {
             match SockRef::from(&self.stream).send_vectored_with_flags(slices, flags) {
                 Ok(sent) => return Ok(sent),
@@ -183,7 +206,7 @@ impl Link {
         let (front, back) = outbound.queue.as_slices();
         let front = &front[..front.len().min(CHUNK)];
         let back = &back[..back.len().min(CHUNK - front.len())];
-        let sent = self.transmit(&[IoSlice::new(front), IoSlice::new(back)])?;
+        let sent = self.transmit(&[IoSlice::new(front), IoSlice::new(back)], 0)?;
         outbound.queue.drain(..sent);
         outbound.active |= sent > 0;
         if outbound.queue.is_empty() && outbound.queue.capacity() > KEEP {

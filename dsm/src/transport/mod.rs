@@ -28,6 +28,15 @@ pub trait Transport: Send + Sync {
     /// thread, and later frames to that peer are refused.
     fn send(&self, to: usize, class: u8, parts: &[&[u8]]) -> Result<(), SendError>;
 
+    /// Like [`Transport::send`] for several frames of one class, in order. They leave together: on a
+    /// network that takes packets, in as few as possible.
+    ///
+    /// # Errors
+    /// As for [`Transport::send`]; frames before one that is refused may have been sent.
+    fn send_together(&self, to: usize, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
+        frames.iter().try_for_each(|frame| self.send(to, class, &[frame]))
+    }
+
     /// What went to and came from a node so far.
     fn count(&self, peer: usize) -> PeerCount;
 

@@ -135,6 +135,13 @@ impl Transport for TcpTransport {
         }
     }
 
+    fn send_together(&self, to: usize, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
+        match self.links.get(to) {
+            Some(Some(link)) => link.send_together(class, frames),
+            _ => Err(SendError::NoPeer { peer: to }),
+        }
+    }
+
     fn count(&self, peer: usize) -> PeerCount {
         self.links
             .get(peer)

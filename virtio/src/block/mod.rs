@@ -11,6 +11,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use crate::Prefetch;
 use crate::device::{Activation, ResetToken, VirtioDevice, read_config};
 use crate::disk::{Disk, SECTOR_SIZE};
 use crate::error::{Error, Result};
@@ -58,8 +59,21 @@ impl Block {
     /// # Errors
     /// [`Error::Start`].
     pub fn new(name: &str, disk: Arc<dyn Disk>) -> Result<Self> {
+        Self::start(name, disk, None)
+    }
+
+    /// Like [`Block::new`]; each request's memory is announced to `prefetch` before it is touched.
+    ///
+    /// # Errors
+    /// [`Error::Start`].
+    pub fn with_prefetch(name: &str, disk: Arc<dyn Disk>, prefetch: Arc<dyn Prefetch>) -> Result<Self> {
+        Self::start(name, disk, Some(prefetch))
+    }
+
+    fn start(name: &str, disk: Arc<dyn Disk>, prefetch: Option<Arc<dyn Prefetch>>) -> Result<Self> {
         let service = BlockService {
             requests: Requests::new(disk.clone()),
+            prefetch,
         };
         Ok(Block {
             name: name.into(),
@@ -186,6 +200,7 @@ impl VirtioDevice for Block {
 
 struct BlockService {
     requests: Requests,
+    prefetch: Option<Arc<dyn Prefetch>>,
 }
 
 impl Service for BlockService {
@@ -206,6 +221,9 @@ impl Service for BlockService {
             let Some(chain) = ring.pop()? else {
                 break;
             };
+            if let Some(prefetch) = &self.prefetch {
+                chain.prefetch(&**prefetch, BATCH_BYTES);
+            }
             let written = self.requests.execute(&chain, &memory, stop)?;
             ring.complete(&[(chain.head(), written)])?;
             bytes += chain.readable_len() + chain.writable_len();

@@ -5,7 +5,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::QueueError;
-use crate::GuestMemory;
+use crate::{GuestMemory, Prefetch};
 
 /// Most descriptors of one chain. A queue has at most 256 descriptors here, but drivers put more
 /// into an indirect table than the queue is long.
@@ -106,6 +106,21 @@ impl Chain {
         self.each_piece(&self.writable, offset, data.len(), |address, from, to| {
             memory.write_slice(&data[from..to], address).is_ok()
         })
+    }
+
+    /// Announces the first `most` bytes of each part.
+    pub fn prefetch(&self, prefetch: &dyn Prefetch, most: u64) {
+        for (segments, write) in [(&self.readable, false), (&self.writable, true)] {
+            let mut left = most;
+            for segment in segments {
+                let len = left.min(segment.len.into());
+                if len == 0 {
+                    break;
+                }
+                prefetch.prefetch(segment.address, len, write);
+                left -= len;
+            }
+        }
     }
 
     /// Calls `copy(address, from, to)` for every piece of `len` bytes at `offset` of `segments`,

@@ -1,10 +1,11 @@
 //! virtio-blk end to end: a driver does I/O through PCI, MMIO and virtqueues.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use crate::driver::*;
 use crate::ram_disk::RamDisk;
+use krg_virtio::Prefetch;
 use krg_virtio::block::Block;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -33,7 +34,12 @@ struct Fixture {
 
 fn fixture_with(disk: RamDisk, features: u64) -> Fixture {
     let disk = Arc::new(disk);
-    let machine = machine(Block::new("disk0", disk.clone()).unwrap());
+    let block = Block::new("disk0", disk.clone()).unwrap();
+    fixture_of(disk, block, features)
+}
+
+fn fixture_of(disk: Arc<RamDisk>, block: Block, features: u64) -> Fixture {
+    let machine = machine(block);
     let driver = Driver::probe(&machine);
     driver.negotiate(VERSION_1 | features);
     let queue = driver.queue(0, 256, QUEUE);
@@ -88,6 +94,29 @@ impl Fixture {
         self.machine.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
     }
+}
+
+#[derive(Default)]
+struct Announced(Mutex<Vec<(u64, u64, bool)>>);
+
+impl Prefetch for Announced {
+    fn prefetch(&self, gpa: u64, len: u64, write: bool) {
+        self.0.lock().unwrap().push((gpa, len, write));
+    }
+}
+
+#[test]
+fn a_request_announces_the_memory_it_will_touch() {
+    let disk = Arc::new(RamDisk::new(SIZE));
+    let announced = Arc::new(Announced::default());
+    let block = Block::with_prefetch("disk0", disk.clone(), announced.clone()).unwrap();
+    let mut f = fixture_of(disk, block, 0);
+    assert_eq!(f.request(T_IN, 1, DATA, 8192), (OK, 8193));
+    assert_eq!(*announced.0.lock().unwrap(), [(HEADERS, 16, false), (DATA, 8192, true), (HEADERS + 32, 1, true)]);
+    announced.0.lock().unwrap().clear();
+    // No more than a batch, however long the request.
+    assert_eq!(f.request(T_OUT, 1, DATA, 3 << 20), (OK, 1));
+    assert_eq!(*announced.0.lock().unwrap(), [(HEADERS, 16, false), (DATA, (1 << 20) - 16, false), (HEADERS + 32, 1, true)]);
 }
 
 #[test]

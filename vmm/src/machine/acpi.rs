@@ -15,9 +15,11 @@ pub(crate) const OEM_ID: [u8; 6] = *b"KRGVMM";
 pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"KRGVMM  ";
 pub(crate) const OEM_REVISION: u32 = 1;
 
-/// SLIT distance of a node to itself, and of two hosts.
+/// SLIT distances: of a node to itself (by definition), and of two hosts. The second stands for pages
+/// that come over a network. Above 32 Linux doesn't carry a new or woken process to another node by
+/// itself (`node_reclaim_distance`, kernel/sched/topology.c); one that has to wait for a CPU it does.
 const LOCAL: u8 = 10;
-const REMOTE: u8 = 20;
+const REMOTE: u8 = 200;
 /// Tables start at multiples of this.
 const ALIGNMENT: u64 = 64;
 
@@ -253,7 +255,7 @@ mod tests {
         let srat = get("SRAT");
         assert_eq!(srat.len(), 48 + 4 * 24 + 3 * 40);
         assert_eq!((u32_at(srat, 48 + 3 * 24 + 4), u32_at(srat, 48 + 3 * 24 + 8)), (1, 3));
-        assert_eq!(get("SLIT")[44..], [10, 20, 20, 10]);
+        assert_eq!(get("SLIT")[44..], [10, 200, 200, 10]);
     }
 
     #[test]

@@ -36,6 +36,11 @@ fn words(needs: &Needs) -> Vec<String> {
             "nowatchdog".to_owned(),
             // A page that crosses hosts may hold a CPU up for longer than on one board.
             "rcupdate.rcu_cpu_stall_timeout=300".to_owned(),
+            // A CPU that runs dry looks for work within its own host; a look at the others' run queues
+            // costs pages. Work that waits for a CPU is still spread over all hosts, at ticks.
+            "relax_domain_level=3".to_owned(),
+            // Pages move to whoever uses them; unmapping some to see who that is moves page tables, too.
+            "numa_balancing=disable".to_owned(),
             // Not more CPUs than there are: per-CPU memory would be laid out for them.
             format!("possible_cpus={}", needs.cpus),
         ]);

@@ -77,10 +77,8 @@ pub(crate) struct Vm {
 impl Vm {
     /// A VM with its LAPICs in the kernel, 32-bit APIC ids, `memory` as RAM and the hidden stubs.
     ///
-    /// With `halt_in_guest` a halted vCPU keeps its host CPU. That also keeps KVM from handing page
-    /// faults to a kernel worker, which reports every read as a write (KVM's
-    /// `kvm_can_do_async_pf`): between hosts, readers of a page would take it from each other.
-    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap<()>, halt_in_guest: bool) -> Result<Self, MachineError> {
+    /// Its vCPUs are created next, then comes [`Vm::keep_faults_exact`].
+    pub fn new(kvm: &Kvm, memory: GuestMemoryMmap<()>, faults: FaultKinds) -> Result<Self, MachineError> {
         let fail = |call| move |e| MachineError::kvm(call, "VM", e);
         let fd = kvm.create_vm().map_err(fail("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP)
@@ -97,9 +95,9 @@ impl Vm {
         enable(KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into(), "KVM_CAP_SPLIT_IRQCHIP")?;
         let wide = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(KVM_CAP_X2APIC_API, wide.into(), "KVM_CAP_X2APIC_API")?;
-        let offered = kvm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into()) as u32;
-        if halt_in_guest && offered & KVM_X86_DISABLE_EXITS_HLT != 0 {
-            enable(KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT.into(), "KVM_CAP_X86_DISABLE_EXITS")?;
+        if faults == FaultKinds::ExactHaltInGuest {
+            let hlt = KVM_X86_DISABLE_EXITS_HLT.into();
+            enable(KVM_CAP_X86_DISABLE_EXITS, hlt, "KVM_CAP_X86_DISABLE_EXITS")?;
         }
         let stub = StubMemory::new()?;
         let mut slots = vec![(STUB.start, STUB.end - STUB.start, stub.host_address())];
@@ -128,4 +126,64 @@ impl Vm {
             _stub: stub,
         })
     }
+
+    /// With [`FaultKinds::Exact`], has KVM keep faults to the vCPUs' threads. After all vCPUs were
+    /// created: their HLT exits, which were decided then, stay.
+    pub fn keep_faults_exact(&self, faults: FaultKinds) -> Result<(), MachineError> {
+        if faults == FaultKinds::Exact {
+            halts_stay_in_guest(&self.fd).map_err(|e| MachineError::kvm("KVM_CAP_X86_DISABLE_EXITS", "VM", e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a fault on guest memory says if the guest read or wrote.
+///
+/// KVM hands a fault that was taken with guest interrupts enabled to a kernel worker, which reports
+/// every read as a write (`kvm_can_do_async_pf`, `async_pf_execute`): between hosts, readers of a
+/// page would take it from each other. It does not in a VM whose HLT does not exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultKinds {
+    /// It does, and HLT exits: KVM decides about the exits when a vCPU is created, and about the
+    /// faults each time. Kernels that refuse the change once there are vCPUs rule this out.
+    Exact,
+    /// It does; a halted vCPU keeps its host CPU, so it has to have one for itself.
+    ExactHaltInGuest,
+    /// It does not: reads may come as writes.
+    Coarse,
+}
+
+impl FaultKinds {
+    /// The best this host can do for `vcpus` vCPUs that run here.
+    pub fn best(kvm: &Kvm, vcpus: u32) -> Self {
+        let offered = kvm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into()) as u32;
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        if offered & KVM_X86_DISABLE_EXITS_HLT == 0 {
+            FaultKinds::Coarse
+        } else if changes_after_creation(kvm) {
+            FaultKinds::Exact
+        } else if vcpus <= cpus {
+            FaultKinds::ExactHaltInGuest
+        } else {
+            FaultKinds::Coarse
+        }
+    }
+}
+
+/// Whether this kernel takes the change in a VM that has a vCPU, tried on a scratch VM.
+fn changes_after_creation(kvm: &Kvm) -> bool {
+    let attempt = || {
+        let vm = kvm.create_vm()?;
+        let _vcpu = vm.create_vcpu(0)?;
+        halts_stay_in_guest(&vm)
+    };
+    attempt().is_ok()
+}
+
+fn halts_stay_in_guest(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_X86_DISABLE_EXITS,
+        args: [KVM_X86_DISABLE_EXITS_HLT.into(), 0, 0, 0],
+        ..Default::default()
+    })
 }

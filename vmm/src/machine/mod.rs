@@ -50,6 +50,7 @@ pub use vcpu::Role;
 
 use bus::Bus;
 use counters::Counters;
+use kvm::FaultKinds;
 use state::MachineState;
 use threads::{Shared, Threads};
 use vcpu::Vcpu;
@@ -112,10 +113,12 @@ impl Machine {
         if emulated::by_qemu() {
             emulated::hide_xsave(&mut common);
         }
-        // Between hosts every vCPU that has a CPU of its own keeps it while it is halted.
-        let own = placement.hosts[node].vcpus.len();
-        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let vm = kvm::Vm::new(&kvm, memory, placement.hosts.len() > 1 && own <= cpus)?;
+        // One host shares no pages: KVM may do with faults as it likes.
+        let faults = match placement.hosts.len() {
+            0 | 1 => FaultKinds::Coarse,
+            _ => FaultKinds::best(&kvm, placement.hosts[node].vcpus.len() as u32),
+        };
+        let vm = kvm::Vm::new(&kvm, memory, faults)?;
         let count = placement.cpus();
         let counters: Arc<Vec<Counters>> = Arc::new((0..count).map(|_| Counters::default()).collect());
         let interrupts = Arc::new(Interrupts::new(
@@ -142,6 +145,8 @@ impl Machine {
             vcpu.set_tsc_khz(clock)?;
             vcpus.push(vcpu);
         }
+        vm.keep_faults_exact(faults)?;
+        tracing::info!(?faults, "page faults of the guest");
         let bus = (node == 0).then(|| Bus {
             com1: serial::Com1::new(console),
             rtc: rtc::Rtc::default(),

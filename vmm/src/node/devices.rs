@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use krg_dsm::node::Dsm;
+use krg_virtio::Prefetch;
 use krg_virtio::block::Block;
 use krg_virtio::device::VirtioDevice;
 use krg_virtio::disk::Disk;
@@ -36,18 +38,33 @@ impl DeviceBus for Pci {
     }
 }
 
+/// Pages of other hosts, asked for ahead of a device that is about to touch them.
+struct Pages(Arc<Dsm>);
+
+impl Prefetch for Pages {
+    fn prefetch(&self, gpa: u64, len: u64, write: bool) {
+        self.0.prefetch(gpa, len, write);
+    }
+}
+
 /// Makes all devices of `spec`. Errors are one line.
 pub(super) fn make(
     spec: &NodeSpec,
     disks: Vec<Arc<dyn Disk>>,
     memory: &GuestMemoryMmap<()>,
     machine: &Machine,
+    dsm: Option<&Arc<Dsm>>,
 ) -> Result<Arc<Pci>, String> {
     let root = PciRoot::new(PCI_WINDOW);
     let memory = Arc::new(memory.clone());
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (n, disk) in disks.into_iter().enumerate() {
-        devices.push(Box::new(Block::new(&format!("disk{n}"), disk).map_err(|e| e.to_string())?));
+        let name = format!("disk{n}");
+        let block = match dsm {
+            Some(dsm) => Block::with_prefetch(&name, disk, Arc::new(Pages(Arc::clone(dsm)))),
+            None => Block::new(&name, disk),
+        };
+        devices.push(Box::new(block.map_err(|e| e.to_string())?));
     }
     devices.push(Box::new(Rng::new("rng0").map_err(|e| e.to_string())?));
     if let Some(tap) = &spec.net {

@@ -44,9 +44,9 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
             bytes += total.bytes_out;
         }
         line += &format!(
-            "; faults: {} read, {} write, {} upgrade ({} of them zero pages), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
+            "; faults: {} read, {} write, {} upgrade ({} of them zero pages, {} neighbours taken along), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
              page tables: {replicas} replicated, {} promoted, {} demoted, {} words merged in {} flushes, {} conflicts",
-            c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.stale_faults, c.pages_in, c.pages_out,
+            c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.zero_neighbours, c.stale_faults, c.pages_in, c.pages_out,
             messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.conflicts
         );
         let waited = dsm.map(Dsm::waited).unwrap_or_default();

@@ -27,7 +27,7 @@ pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn 
     let machine = Machine::new(config, ram.memory().clone(), Arc::new(Alone)).map_err(|e| e.to_string())?;
     let booted = boot::load(spec, ram.memory(), machine.tsc_khz())?;
     output.event(&booted.line, serde_json::json!({"event": "boot", "what": booted.line}));
-    let pci = devices::make(spec, booted.disks, ram.memory(), &machine)?;
+    let pci = devices::make(spec, booted.disks, ram.memory(), &machine, None)?;
     machine.attach(pci.clone());
     machine.set_entry(&booted.loaded.entry).map_err(|e| e.to_string())?;
     forward(input, happen.clone(), Happening::Input);

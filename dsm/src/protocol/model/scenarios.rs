@@ -93,6 +93,38 @@ fn three_nodes_lose_no_increment() {
 }
 
 #[test]
+fn pages_taken_beside_another_are_as_coherent() {
+    for homes in [&[2, 0][..], &[0, 2], &[3, 0]] {
+        let mut world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Load(X, 0), Store(X, 0, 1), Store(Y, 0, 1), Load(Y, 1)]),
+                Cpu::new(1, &[Load(Y, 1), Store(Y, 1, 1), Load(X, 0)]),
+            ],
+        );
+        world.take_zeros_by(2);
+        holds("neighbours taken", world, 1, |w| {
+            require(w.cpus[0].results[1] == 1 || w.cpus[1].results[1] == 1, || "both loads missed both stores".into())?;
+            require(w.value(Y, 0) == 1 && w.value(Y, 1) == 1, || "a store is lost".into())
+        });
+    }
+}
+
+#[test]
+fn prefetches_change_nothing_that_a_guest_can_see() {
+    for homes in [&[2, 0][..], &[1, 1]] {
+        let world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Prefetch(Y, false), Store(X, 0, 1), Load(Y, 0)]),
+                Cpu::new(1, &[Prefetch(X, true), Store(Y, 0, 1), Load(X, 0)]),
+            ],
+        );
+        holds("prefetches", world, 1, |w| require(results(w) != [[0], [0]], || "both loads missed both stores".into()));
+    }
+}
+
+#[test]
 fn an_early_acknowledgement_is_caught() {
     let world = data(
         &[1, 1],

@@ -1,6 +1,7 @@
 //! The world the checker explores: engines, their memories, the channels between them, and guests.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
 
@@ -22,6 +23,8 @@ pub enum Op {
     /// as AMD's nested paging does. The last entry's value, or 0 if an entry on the way is not
     /// present, is the next result.
     Walk(u32, &'static [usize]),
+    /// Has a page fetched, to write or to read, without waiting.
+    Prefetch(u32, bool),
     /// Interrupts a CPU.
     Interrupt(usize),
     /// Waits for an interrupt.
@@ -66,6 +69,7 @@ enum Tried {
     Progress,
     Fault(u32, bool),
     Interrupt(usize),
+    Prefetch(u32, bool),
     Waiting,
 }
 
@@ -132,8 +136,10 @@ impl Memory<W> for View<'_> {
         self.pages[page as usize] = Some(Mapped { data: *data, writable });
         self.wake(page);
     }
-    fn install_zero(&mut self, page: u32, writable: bool) {
-        self.install(page, &[0; W], writable);
+    fn install_zeros(&mut self, pages: Range<u32>) {
+        for page in pages {
+            self.install(page, &[0; W], true);
+        }
     }
     fn discard(&mut self, page: u32) {
         self.tick();
@@ -210,6 +216,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>]) -> Tried {
                     return Ok(false);
                 }
             }
+            Op::Prefetch(page, write) => return Err(Tried::Prefetch(page, write)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
             Op::AwaitInterrupt => {
                 if cpu.interrupts == 0 {
@@ -238,7 +245,7 @@ pub enum Action {
 
 impl World {
     /// `homes`: pages homed at each node. `loaded`: content of pages node 0 starts with.
-    pub fn new(homes: &[u32], loaded: &[(u32, PageData<W>)], image: std::ops::Range<u32>, cpus: Vec<Cpu>) -> Self {
+    pub fn new(homes: &[u32], loaded: &[(u32, PageData<W>)], image: Range<u32>, cpus: Vec<Cpu>) -> Self {
         let pages: u32 = homes.iter().sum();
         let geometry = Geometry::new(&[(0, pages)], homes);
         let n = homes.len();
@@ -251,6 +258,11 @@ impl World {
             .map(|i| Engine::new(i as NodeId, geometry.clone(), &preloaded, image.clone(), true))
             .collect();
         World { engines, memories, channels: vec![vec![VecDeque::new(); n]; n], cpus }
+    }
+
+    /// Every node takes untouched pages of its own in groups of `pages`.
+    pub fn take_zeros_by(&mut self, pages: u32) {
+        self.engines.iter_mut().for_each(|e| e.take_zeros_by(pages));
     }
 
     pub fn plant(&mut self, bug: Bug) {
@@ -295,6 +307,10 @@ impl World {
                     Tried::Fault(page, write) => {
                         self.cpus[c].blocked = Some(page);
                         self.step(node, Input::Fault { page, write }, intrusion)
+                    }
+                    Tried::Prefetch(page, write) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::Prefetch { page, write }, intrusion)
                     }
                     Tried::Interrupt(to) => {
                         self.cpus[c].at += 1;
