@@ -1,5 +1,6 @@
 """Tests of whole machines: krg-vmm with a stock Debian on emulated hosts, one and two of them."""
 
+import os
 import re
 import time
 
@@ -12,8 +13,14 @@ from .steps import say
 IMAGE = "/lab/images/debian-minimal.img"
 LOGS = OUT / "test"
 MIB_EACH = 384
+#: On h0: a disk that holds the program of the litmus tests.
+LITMUS = "/tmp/litmus.img"
 #: The shell of the stock initrd as process 1: the kernel's own boot and nothing after it.
 INITRD_SHELL = "rdinit=/bin/sh"
+#: How often each litmus test runs in the guest, and how often a CPU goes and comes back. Each iteration
+#: is several page transfers of milliseconds here; on hardware, or by hand, there can be more.
+LITMUS_ITERATIONS = int(os.environ.get("LITMUS_ITERATIONS", "320"))
+HOTPLUG_CYCLES = int(os.environ.get("HOTPLUG_CYCLES", "5"))
 #: Seconds after which the loss of a host has to be known (and the machine gone).
 LOSS_LIMIT = 5
 
@@ -60,7 +67,8 @@ class MachineTests:
         if not self.hosts.processes("h1"):
             say(f"     the node daemon on h1 has ended: {self.hosts.node_log('h1') or 'without a word'}; started again")
             self.hosts.start_node("h1")
-        arguments = ["--nodes", "/tmp/hosts.txt", "--append", f"{self.hosts.emulation_options()} {append}", IMAGE]
+        self.hosts.shell("h0", f"cp /lab/bin/guest-litmus {LITMUS} && truncate -s %1M {LITMUS}")
+        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}", IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
     def all_cpus_up(self, name, nodes=2, cpus=2):
@@ -88,6 +96,8 @@ class MachineTests:
                 machine.expect(r"Run /bin/sh as init process", 780)
                 say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
                 look_around(machine, cpus=2, nodes=2, mib=2 * MIB_EACH)
+                litmus(machine, LITMUS_ITERATIONS, [0, 1])
+                hotplug(machine, HOTPLUG_CYCLES, [1])
                 machine.shut_down(240)
             finally:
                 report(machine)
@@ -153,6 +163,34 @@ def look_around(machine, cpus, nodes, mib):
     assert re.search(r"(?:^|# )tsc\s*$", found, re.MULTILINE), f"the clock source: {found!r}"
     release = re.search(r"Linux version (\S+)", ask(machine, "cat /proc/version")).group(1)
     say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source tsc, stock kernel {release}")
+
+
+def litmus(machine, iterations, cpus):
+    """The litmus tests in the guest, on CPUs of different hosts; the program comes on a disk."""
+    begun = time.monotonic()
+    ask(machine, "mkdir -p /dev; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; "
+                 "while ! test -b /dev/vdb; do sleep 0.01; done; cat /dev/vdb >/litmus; chmod 755 /litmus")
+    said = ask(machine, f"/litmus {iterations} {' '.join(map(str, cpus))}", limit=1800)
+    for line in re.findall(r".*: \d+ iterations, .*", said):
+        say(f"     {line.strip()}")
+    assert "litmus: all as allowed" in said, f"litmus tests: {said[-500:]}"
+    say(f"     litmus tests on CPUs {cpus}: nothing forbidden ({time.monotonic() - begun:.0f} s)")
+
+
+def hotplug(machine, cycles, cpus):
+    """CPUs go offline and come back, under load on all of them; nothing may be lost meanwhile."""
+    begun = time.monotonic()
+    start = machine.seen
+    # The kernel's warnings appear on the console, and only those.
+    ask(machine, "echo 5 >/proc/sys/kernel/printk; load() { while :; do :; done; }; load & one=$!; load & two=$!")
+    for cycle in range(cycles):
+        online = f"/sys/devices/system/cpu/cpu{cpus[cycle % len(cpus)]}/online"
+        said = ask(machine, f"echo 0 >{online} && echo 1 >{online} && cat {online}", limit=300)
+        assert re.search(r"^(?:# )*1\s*$", said, re.MULTILINE), f"cycle {cycle}: {said!r}"
+    ask(machine, "kill $one $two; echo 1 >/proc/sys/kernel/printk")
+    trouble = re.search(r".*(?:lockup|stall|Call Trace|BUG|WARNING|not responding|unresponsive).*", machine.text[start:])
+    assert not trouble, f"the kernel complains: {trouble.group()}"
+    say(f"     {cycles} times offline and online under load: CPUs {cpus} ({time.monotonic() - begun:.0f} s)")
 
 
 def drain(machine, seconds):

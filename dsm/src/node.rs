@@ -28,6 +28,9 @@ const ROOTS_INTERVAL: Duration = Duration::from_millis(1);
 /// fault does; sixteen would bring the most of it, 2 MiB waste memory.
 const ZERO_GROUP: u32 = 32;
 
+/// Pages asked for in one step, with the engine locked.
+const PREFETCH_AT_ONCE: u32 = 64;
+
 /// Why the shared memory can't go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DsmError {
@@ -190,8 +193,13 @@ impl Dsm {
             Some(state) => state.engine.geometry().clone(),
             None => return,
         };
-        for page in frames.filter_map(|frame| geometry.page_of_frame(frame)) {
-            self.step(self.me, Input::Prefetch { page, write });
+        let mut pages = frames.filter_map(|frame| geometry.page_of_frame(frame)).peekable();
+        while let Some(first) = pages.next() {
+            let mut end = first + 1;
+            while end - first < PREFETCH_AT_ONCE && pages.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            self.step(self.me, Input::Prefetch { pages: first..end, write });
         }
     }
 

@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::geometry::Geometry;
-use super::memory::{Memory, PageData};
+use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
 use super::pte;
 
 /// Where a page is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Place {
     /// Nobody wrote it yet: it reads as zero.
     #[default]
@@ -22,7 +24,7 @@ enum Place {
 }
 
 /// A request that waits for the one before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Request {
     from: NodeId,
     write: bool,
@@ -30,7 +32,7 @@ struct Request {
 }
 
 /// What a page is busy with.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Busy {
     /// A request by this node: until its Done, or the owner's Promote.
     Request { by: NodeId, owner: NodeId },
@@ -39,14 +41,15 @@ enum Busy {
 }
 
 /// What home keeps of a replicated page: its level as a table and the content all merges have led to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Master<const W: usize> {
     level: u8,
+    #[serde(with = "words")]
     data: Box<PageData<W>>,
 }
 
 /// The directory of one home.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Directory<const W: usize> {
     first: u32,
     places: Vec<Place>,
@@ -75,6 +78,21 @@ impl<const W: usize> Directory<W> {
 
     pub(super) fn quiet(&self) -> bool {
         self.busy.is_empty() && self.queues.is_empty()
+    }
+
+    /// Whether this is a directory of the pages homed at `me`, and everything in it is about those.
+    pub(super) fn fits(&self, me: NodeId, geometry: &Geometry) -> bool {
+        let mut homed = (0..geometry.pages()).filter(|&p| geometry.home(p) == me);
+        let first = homed.next();
+        let count = homed.count() + usize::from(first.is_some());
+        let first = first.unwrap_or(0);
+        let here = |page: &u32| page.checked_sub(first).is_some_and(|n| (n as usize) < count);
+        let node = |node: NodeId| usize::from(node) < geometry.nodes();
+        self.first == first
+            && self.places.len() == count
+            && self.places.iter().all(|place| !matches!(place, Place::Owned { owner, .. } if !node(*owner)))
+            && self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory).all(here)
+            && self.queues.values().flatten().all(|request| node(request.from))
     }
 
     fn place(&mut self, page: u32) -> &mut Place {

@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::directory::Directory;
 use super::fence::Fence;
 use super::geometry::Geometry;
-use super::memory::{Memory, PageData};
+use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
 use super::tables::Tables;
 use super::{Bug, pte};
 
 /// What this node may do with a page.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Access {
     /// Absent: every touch faults.
     #[default]
@@ -37,7 +39,7 @@ impl Access {
 }
 
 /// A request of ours that home has not completed yet. At most one a page.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Pending<const W: usize> {
     pub write: bool,
     pub answer: Option<Answer<W>>,
@@ -46,9 +48,9 @@ pub(super) struct Pending<const W: usize> {
 }
 
 /// How home (or the owner) answered.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Answer<const W: usize> {
-    Data { write: bool, done: bool, migratory: bool, data: Box<PageData<W>> },
+    Data { write: bool, done: bool, migratory: bool, #[serde(with = "words")] data: Box<PageData<W>> },
     Zero { done: bool },
     Upgrade { done: bool },
 }
@@ -58,8 +60,8 @@ pub(super) enum Answer<const W: usize> {
 pub enum Input<const W: usize> {
     /// Somebody here touched a page that does not allow it.
     Fault { page: u32, write: bool },
-    /// Somebody here is about to touch a page that may not allow it.
-    Prefetch { page: u32, write: bool },
+    /// Somebody here is about to touch pages that may not allow it.
+    Prefetch { pages: Range<u32>, write: bool },
     /// A message arrived.
     Message { from: NodeId, message: Message<W> },
     /// The machine sends something to another node: leaves after everything the guest did before.
@@ -131,7 +133,7 @@ pub struct Counters {
 }
 
 /// The protocol engine of one node. Pure: it has no clock, no thread and does no I/O.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Engine<const W: usize> {
     pub(super) me: NodeId,
     pub(super) geometry: Geometry,
@@ -255,7 +257,7 @@ impl<const W: usize> Engine<W> {
         }
         match input {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
-            Input::Prefetch { page, write } => self.prefetch(page, write, memory, out),
+            Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
             Input::Message { from, message } => self.receive(from, message, memory, out)?,

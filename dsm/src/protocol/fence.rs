@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use super::engine::{Engine, Output};
 use super::message::{Message, NodeId};
 
 /// A merge passed on for another node: who waits for it, and for whom it waits.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Relay {
     origin: NodeId,
     origin_id: u32,
@@ -15,7 +17,7 @@ struct Relay {
 
 /// Outstanding merges and demotions of this node, and the messages behind them. While anything is
 /// outstanding, every message that does not bypass the fence is held, so their order stays.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Fence<const W: usize> {
     next: u32,
     /// Our own merges: id to the set of nodes that have not confirmed it.

@@ -3,7 +3,7 @@
 use super::message::NodeId;
 
 /// The machine's RAM as pages: guest-physical ranges, numbered densely, and the home of each page.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Geometry {
     /// (first page frame number, pages, index of the first page), ascending.
     ranges: Vec<(u64, u32, u32)>,

@@ -5,6 +5,22 @@ use std::ops::Range;
 /// The content of one page: `W` 64-bit words (512 on x86; a few in the model checker).
 pub type PageData<const W: usize> = [u64; W];
 
+/// How page data is written down: a sequence of its words.
+pub(super) mod words {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    use super::PageData;
+
+    pub fn serialize<S: Serializer, const W: usize>(data: &PageData<W>, serializer: S) -> Result<S::Ok, S::Error> {
+        data[..].serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const W: usize>(deserializer: D) -> Result<Box<PageData<W>>, D::Error> {
+        let words = Vec::<u64>::deserialize(deserializer)?.into_boxed_slice();
+        words.try_into().map_err(|words: Box<[u64]>| D::Error::invalid_length(words.len(), &"the words of a page"))
+    }
+}
+
 /// Guest memory of one node, page by page. Page numbers are dense indices over the RAM ranges.
 ///
 /// The running guest (vCPUs, hardware page walks, device threads) reads and writes present pages at

@@ -4,7 +4,7 @@
 //! words. Nothing read from a peer is trusted: lengths are checked here, page numbers, node numbers
 //! and the message's place in the protocol by the engine.
 
-use super::memory::PageData;
+use super::memory::{PageData, words};
 
 /// A node's number: its place in the hosts file.
 pub type NodeId = u8;
@@ -13,7 +13,7 @@ pub type NodeId = u8;
 pub const MAX_NODES: usize = 64;
 
 /// A changed word of a replicated page-table page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Change {
     /// Page index.
     pub page: u32,
@@ -27,7 +27,7 @@ pub struct Change {
 
 /// One protocol message. *Home*, *owner*, *sharer* and *holder* (of a replica) are roles; see the
 /// module documentation of [`super`].
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Message<const W: usize> {
     /// Requester to home: I need this page. `table`: I reach it as a page table.
     Get { page: u32, write: bool, table: bool },
@@ -37,7 +37,7 @@ pub enum Message<const W: usize> {
     Fetch { page: u32, requester: NodeId, write: bool, acks: u8, alone: bool, table: bool, done: bool, migratory: bool },
     /// Owner to requester: the page. `migratory`: as in the Fetch; without `write` then, the owner had
     /// not written it after all and keeps a copy.
-    Data { page: u32, write: bool, acks: u8, done: bool, migratory: bool, data: Box<PageData<W>> },
+    Data { page: u32, write: bool, acks: u8, done: bool, migratory: bool, #[serde(with = "words")] data: Box<PageData<W>> },
     /// Home to requester: no data needed. `zero`: nobody wrote this page yet; else: your copy is valid.
     Grant { page: u32, zero: bool, acks: u8, done: bool },
     /// Home to sharer: drop your copy and tell `requester`.
@@ -47,9 +47,9 @@ pub enum Message<const W: usize> {
     /// Requester to home: my request is complete. `shared`: the owner of a migratory page kept a copy.
     Done { page: u32, shared: bool },
     /// Owner to home: the page is a page table that `requester` walks too; keep it replicated.
-    Promote { page: u32, requester: NodeId, level: u8, data: Box<PageData<W>> },
+    Promote { page: u32, requester: NodeId, level: u8, #[serde(with = "words")] data: Box<PageData<W>> },
     /// Home to a new holder: your replica.
-    Replica { page: u32, level: u8, data: Box<PageData<W>> },
+    Replica { page: u32, level: u8, #[serde(with = "words")] data: Box<PageData<W>> },
     /// Holder to home, home to the other holders: words changed since the last merge.
     Merge { id: u32, changes: Vec<Change> },
     /// The merge `id` is in place at everybody it concerns.

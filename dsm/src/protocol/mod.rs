@@ -19,11 +19,13 @@ mod message;
 #[cfg(test)]
 mod model;
 pub mod pte;
+mod state;
 mod tables;
 
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
+pub use state::{EngineState, StateError};
 pub use message::{Change, MAX_NODES, Malformed, Message, NodeId};
 
 /// Protocol bugs that can be planted, to show that the model check and the litmus tests find them.

@@ -7,14 +7,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::geometry::Geometry;
-use super::memory::PageData;
+use super::memory::{PageData, words};
 use super::pte;
 
 /// A replica held here.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Replica<const W: usize> {
     /// The content at the last merge.
+    #[serde(with = "words")]
     pub twin: Box<PageData<W>>,
     /// Asked home to take it back; it no longer counts as anybody's parent.
     pub leaving: bool,
@@ -23,7 +26,7 @@ pub struct Replica<const W: usize> {
 }
 
 /// What points to a page.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Link {
     /// Entries of replicas held here: (page, word).
     parents: BTreeSet<(u32, u16)>,
@@ -33,7 +36,7 @@ struct Link {
 }
 
 /// All this node knows of page tables.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tables<const W: usize> {
     replicas: BTreeMap<u32, (u8, Replica<W>)>,
     /// Scan order: highest level first, so that whoever sees a new link sees what it points to.
@@ -48,6 +51,15 @@ impl<const W: usize> Tables<W> {
     /// `image`: the pages the kernel image was loaded to.
     pub fn new(image: Range<u32>) -> Self {
         Tables { replicas: BTreeMap::new(), order: BTreeSet::new(), links: BTreeMap::new(), roots: BTreeSet::new(), image }
+    }
+
+    /// Whether everything in here is about pages that exist.
+    pub fn fits(&self, geometry: &Geometry) -> bool {
+        let pages = geometry.pages();
+        let tables = self.replicas.keys().chain(self.order.iter().map(|(_, page)| page));
+        tables.chain(self.links.keys()).chain(&self.roots).all(|page| *page < pages)
+            && self.order.len() == self.replicas.len()
+            && self.links.values().flat_map(|link| &link.parents).all(|(page, word)| *page < pages && usize::from(*word) < W)
     }
 
     /// The pages the vCPUs that run here have in CR3 now.

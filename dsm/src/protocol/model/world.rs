@@ -310,7 +310,7 @@ impl World {
                     }
                     Tried::Prefetch(page, write) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::Prefetch { page, write }, intrusion)
+                        self.step(node, Input::Prefetch { pages: page..page + 1, write }, intrusion)
                     }
                     Tried::Interrupt(to) => {
                         self.cpus[c].at += 1;
@@ -362,6 +362,19 @@ impl World {
             let writers = self.memories.iter().filter(|m| m[page].is_some_and(|p| p.writable)).count();
             if writers > 1 || (writers == 1 && present > 1) {
                 return Err(format!("page {page}: {writers} writers among {present} copies"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every engine comes back from its written form as it was.
+    pub fn check_saved(&self) -> Result<(), String> {
+        for (node, engine) in self.engines.iter().enumerate() {
+            let text = serde_json::to_string(&engine.save()).map_err(|e| e.to_string())?;
+            let state = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+            let back = Engine::<W>::restore(state, engine.geometry()).map_err(|e| e.to_string())?;
+            if back != *engine {
+                return Err(format!("node {node} is another one after it was written down"));
             }
         }
         Ok(())

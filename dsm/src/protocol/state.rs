@@ -1,0 +1,126 @@
+//! The engine written down: for snapshots, whose other half is the memory's map and content.
+
+use serde::{Deserialize, Serialize};
+
+use super::engine::Engine;
+use super::geometry::Geometry;
+
+/// Version of [`EngineState`].
+const VERSION: u32 = 1;
+
+/// All that one node's engine knows, requests under way and messages held back included. The messages
+/// between the nodes are not in it: a snapshot is taken when none is on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineState<const W: usize> {
+    /// Layout of this structure.
+    pub version: u32,
+    engine: Engine<W>,
+}
+
+/// Why a saved state can't be taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// Written by another version.
+    #[error("saved protocol state: version {0} is not {VERSION}")]
+    Version(u32),
+    /// Other pages, homes or nodes than this machine's.
+    #[error("saved protocol state: it is of another machine, or damaged")]
+    Shape,
+}
+
+impl<const W: usize> Engine<W> {
+    /// The state to save.
+    pub fn save(&self) -> EngineState<W> {
+        EngineState { version: VERSION, engine: self.clone() }
+    }
+
+    /// The engine of a machine with this geometry, as it was saved.
+    ///
+    /// # Errors
+    /// Another version, another machine, or contents that are not of this machine's pages.
+    pub fn restore(state: EngineState<W>, geometry: &Geometry) -> Result<Self, StateError> {
+        if state.version != VERSION {
+            return Err(StateError::Version(state.version));
+        }
+        let engine = state.engine;
+        let pages = geometry.pages() as usize;
+        let fits = engine.geometry == *geometry
+            && usize::from(engine.me) < geometry.nodes()
+            && engine.access.len() == pages
+            && engine.lost.len() == pages
+            && engine.zero_group > 0
+            && engine.pending.keys().chain(engine.given.keys()).all(|page| (*page as usize) < pages)
+            && engine.directory.fits(engine.me, geometry)
+            && engine.tables.fits(geometry);
+        if fits { Ok(engine) } else { Err(StateError::Shape) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Input, Memory, Output, PageData};
+    use super::*;
+
+    /// Memory without a guest.
+    struct Quiet;
+
+    impl Memory<4> for Quiet {
+        fn protect(&mut self, _: u32) {}
+        fn unprotect(&mut self, _: u32) {}
+        fn read(&self, _: u32) -> Box<PageData<4>> {
+            Box::default()
+        }
+        fn install(&mut self, _: u32, _: &PageData<4>, _: bool) {}
+        fn install_zeros(&mut self, _: std::ops::Range<u32>) {}
+        fn discard(&mut self, _: u32) {}
+        fn wake(&mut self, _: u32) {}
+        fn load(&self, _: u32, _: usize) -> u64 {
+            0
+        }
+        fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
+            Ok(old)
+        }
+        fn differences(&self, _: u32, _: &PageData<4>, _: &mut Vec<(u16, u64)>) {}
+    }
+
+    fn engine(geometry: &Geometry) -> Engine<4> {
+        let mut engine = Engine::new(0, geometry.clone(), &[0..1], 0..1, true);
+        for page in [1, 5, 6] {
+            engine.step(Input::Fault { page, write: page != 5 }, &mut Quiet, &mut Output::default()).unwrap();
+        }
+        engine
+    }
+
+    #[test]
+    fn a_state_with_requests_under_way_comes_back_as_it_was() {
+        let geometry = Geometry::new(&[(0, 8)], &[4, 4]);
+        let engine = engine(&geometry);
+        assert_eq!(engine.pending(), 2);
+        let text = serde_json::to_string(&engine.save()).unwrap();
+        let state: EngineState<4> = serde_json::from_str(&text).unwrap();
+        assert_eq!(Engine::restore(state, &geometry), Ok(engine));
+    }
+
+    #[test]
+    fn states_that_do_not_fit_are_refused() {
+        let geometry = Geometry::new(&[(0, 8)], &[4, 4]);
+        let state = engine(&geometry).save();
+        let other = Geometry::new(&[(0, 8)], &[5, 3]);
+        assert_eq!(Engine::restore(state.clone(), &other), Err(StateError::Shape));
+        let newer = EngineState { version: 2, ..state.clone() };
+        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(2)));
+        let text = serde_json::to_string(&state).unwrap();
+        for (from, to) in [
+            (r#""lost":["#, r#""lost":[0,"#),
+            (r#""me":0"#, r#""me":1"#),
+            (r#""me":0"#, r#""me":9"#),
+            (r#""pending":{"5""#, r#""pending":{"500""#),
+            (r#""owner":0"#, r#""owner":7"#),
+            (r#""zero_group":1"#, r#""zero_group":0"#),
+        ] {
+            assert!(text.contains(from), "{from} in {text}");
+            let damaged: EngineState<4> = serde_json::from_str(&text.replacen(from, to, 1)).unwrap();
+            assert_eq!(Engine::restore(damaged, &geometry), Err(StateError::Shape), "{to}");
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Hosts that lack what a node needs: the real program in a mount namespace whose `/dev` is empty, or
+//! without the capability for userfaultfd. Needs root, for the namespace.
+
+use std::fs;
+use std::process::{Command, Output, Stdio};
+
+use vmm_sys_util::tempdir::TempDir;
+
+/// Runs `krg-vmm ARGS` by a shell in a mount namespace of its own, after `set_up`, and returns what it
+/// said; `None`, with the reason printed, where that can't be done.
+fn in_namespace(set_up: &str, launcher: &str, args: &[&str]) -> Option<(TempDir, Output)> {
+    // SAFETY: geteuid has no precondition.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("skipped: a mount namespace needs root");
+        return None;
+    }
+    let place = TempDir::new_with_prefix("/tmp/krg-host-lacks").unwrap();
+    fs::write(place.as_path().join("guest.img"), vec![0; 1 << 20]).unwrap();
+    fs::write(place.as_path().join("hosts.txt"), "127.0.0.1:7741 mem=64M\n127.0.0.1:7742 mem=64M\n").unwrap();
+    let script = format!("set -e; {set_up}; exec {launcher} \"$@\"");
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_krg-vmm")])
+        .args(args)
+        .current_dir(place.as_path())
+        .env("HOME", place.as_path())
+        .env_remove("KRG_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Some((place, output))
+}
+
+fn last_line(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_host_without_kvm() {
+    for args in [&["guest.img"][..], &["--nodes", "hosts.txt", "guest.img"]] {
+        let Some((_place, output)) = in_namespace("mount -t tmpfs none /dev", "", args) else { return };
+        let line = last_line(&output);
+        assert!(line.starts_with("krg-vmm: ") && line.contains("/dev/kvm: ENOENT"), "{args:?}: {line}");
+        assert!(line.contains("load kvm_amd or kvm_intel"), "{args:?}: {line}");
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {line}");
+    }
+}
+
+#[test]
+fn a_host_without_userfaultfd() {
+    // /dev/kvm stays; /dev/userfaultfd goes, and with the capability the system call.
+    let set_up = "touch kvm; mount --bind /dev/kvm kvm; mount -t tmpfs none /dev; touch /dev/kvm; mount --bind kvm /dev/kvm";
+    let launcher = "setpriv --bounding-set=-sys_ptrace --inh-caps=-sys_ptrace --";
+    let Some((_place, output)) = in_namespace(set_up, launcher, &["--nodes", "hosts.txt", "guest.img"]) else { return };
+    if fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|v| v.trim() == "1") {
+        println!("skipped: vm.unprivileged_userfaultfd=1 gives it to everybody");
+        return;
+    }
+    let line = last_line(&output);
+    assert!(line.starts_with("krg-vmm: ") && line.contains("userfaultfd: EPERM"), "{line}");
+    assert!(line.contains("CAP_SYS_PTRACE") || line.contains("/dev/userfaultfd"), "{line}");
+    assert_eq!(output.status.code(), Some(1), "{line}");
+}
