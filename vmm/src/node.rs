@@ -125,6 +125,8 @@ pub enum NodeEnd {
     Reset(bool),
     /// A peer was lost: its node number.
     PeerLost(usize),
+    /// A peer said that it ended, for a reason it tells the front end: its node number.
+    PeerEnded(usize),
     /// Told to stop.
     Stopped(String),
     /// Could not go on: one line for people.

@@ -166,6 +166,7 @@ impl Attended<'_> {
             return;
         }
         let limit = match (ends.guest_ended(), ends.node_0()) {
+            _ if ends.only_followers() => POWER_OFF_LIMIT,
             (true, false) => POWER_OFF_LIMIT,
             (true, true) => {
                 self.stop(ends, "the guest ended");
@@ -237,6 +238,12 @@ mod tests {
     #[test]
     fn power_off_on_all_nodes() {
         let (ending, all, _) = attend(vec![ended(1, NodeEnd::PowerOff), ended(0, NodeEnd::PowerOff)]);
+        assert_eq!((ending, all), (Ending::PowerOff, true));
+    }
+
+    #[test]
+    fn a_follower_may_be_quicker_than_the_node_that_powered_off() {
+        let (ending, all, _) = attend(vec![ended(1, NodeEnd::PeerEnded(0)), ended(0, NodeEnd::PowerOff)]);
         assert_eq!((ending, all), (Ending::PowerOff, true));
     }
 

@@ -63,7 +63,7 @@ impl Ends {
 
     /// Node `node` says that it ended.
     pub fn ended(&mut self, node: usize, end: NodeEnd) {
-        let obeyed = self.told && matches!(end, NodeEnd::Stopped(_));
+        let obeyed = self.told && matches!(end, NodeEnd::Stopped(_) | NodeEnd::PeerEnded(_));
         self.hear(node, if obeyed { Heard::Obeyed } else { Heard::Ended(end) });
     }
 
@@ -110,6 +110,15 @@ impl Ends {
             )
         };
         self.any() && (by_itself(&0) || self.order.iter().all(by_itself))
+    }
+
+    /// Whether all that was heard is that nodes ended because another did, which has not said why yet.
+    pub fn only_followers(&self) -> bool {
+        let follows = |node: &usize| match &self.nodes[*node] {
+            Some(Heard::Ended(NodeEnd::PeerEnded(first))) => self.nodes.get(*first).is_some_and(Option::is_none),
+            _ => false,
+        };
+        self.any() && self.order.iter().all(follows)
     }
 
     /// Whether node 0 was heard of.
@@ -176,11 +185,18 @@ impl Ends {
             })
         };
         let others = || heard().find_map(|(_, heard)| guest(heard));
+        let followed = || {
+            heard().find_map(|(_, heard)| match heard {
+                Heard::Ended(NodeEnd::PeerEnded(node)) => Some(Ending::Stopped(format!("node {node} has ended"))),
+                _ => None,
+            })
+        };
         lost.or_else(failed)
             .or_else(silent)
             .or_else(stopped)
             .or_else(|| reports().next().map(blame))
             .or_else(others)
+            .or_else(followed)
     }
 }
 
@@ -201,6 +217,24 @@ mod tests {
         ends.lost(2, "gone".into());
         assert_eq!(ends.verdict(), Some(Ending::PowerOff));
         assert!(ends.all() && !ends.all_reported());
+    }
+
+    #[test]
+    fn who_ended_because_another_did_says_nothing_about_the_cause() {
+        let mut ends = three();
+        assert!(!ends.only_followers());
+        ends.ended(1, NodeEnd::PeerEnded(0));
+        assert!(ends.only_followers());
+        assert_eq!(ends.verdict(), Some(Ending::Stopped("node 0 has ended".into())));
+        ends.ended(0, NodeEnd::PowerOff);
+        assert!(!ends.only_followers() && ends.guest_ended());
+        assert_eq!(ends.verdict(), Some(Ending::PowerOff));
+        let mut ends = three();
+        ends.ended(2, NodeEnd::PeerEnded(99));
+        ends.ended(1, NodeEnd::PeerEnded(2));
+        assert!(!ends.only_followers());
+        ends.ended(0, NodeEnd::Failed("no memory".into()));
+        assert!(matches!(ends.verdict(), Some(Ending::Failed { node: 0, .. })));
     }
 
     #[test]

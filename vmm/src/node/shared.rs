@@ -274,7 +274,7 @@ impl Node<'_> {
     fn other_setup(&self, from: usize, message: Setup) -> Result<(), Stop> {
         match message {
             Setup::Clock if self.spec.node == 0 => self.tell(from, &Setup::Tsc(tsc::read())),
-            Setup::Ended => return Err(Stop::End(NodeEnd::Stopped(format!("node {from} has ended")))),
+            Setup::Ended => return Err(Stop::End(NodeEnd::PeerEnded(from))),
             other => return Err(Stop::Error(format!("node {from} sent {other:?} out of turn"))),
         }
         Ok(())
@@ -313,7 +313,7 @@ impl Node<'_> {
         loop {
             match self.happenings.recv_timeout(REPORT_INTERVAL) {
                 Ok(Happening::Setup(from, bytes)) => match serde_json::from_slice(&bytes) {
-                    Ok(Setup::Ended) => return NodeEnd::Stopped(format!("node {from} has ended")),
+                    Ok(Setup::Ended) => return NodeEnd::PeerEnded(from),
                     Ok(Setup::Clock) if self.spec.node == 0 => self.tell(from, &Setup::Tsc(tsc::read())),
                     _ => return NodeEnd::Failed(format!("node {from} sent a set-up message out of turn")),
                 },
