@@ -2,8 +2,13 @@
 
 import os
 import re
+import shutil
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
+from . import cargotest
 from .errors import LabError
 from .labmachine import LabHosts, Machine
 from .network import address
@@ -13,8 +18,8 @@ from .steps import say
 IMAGE = "/lab/images/debian-minimal.img"
 LOGS = OUT / "test"
 MIB_EACH = 384
-#: On h0: a disk that holds the program of the litmus tests.
-LITMUS = "/tmp/litmus.img"
+#: In the hosts: a disk whose file system holds the program of the litmus tests.
+LITMUS = "/lab/share/litmus.img"
 #: The shell of the stock initrd as process 1: the kernel's own boot and nothing after it.
 INITRD_SHELL = "rdinit=/bin/sh"
 #: How often each litmus test runs in the guest, and how often a CPU goes and comes back. Each iteration
@@ -64,12 +69,21 @@ class MachineTests:
             machine.shut_down(180, "poweroff")
             report(machine)
 
+    def litmus_disk(self):
+        """Makes LITMUS, once a lab."""
+        image = self.hosts.state / "share" / Path(LITMUS).name
+        if image.exists():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(cargotest.program().with_name("guest-litmus"), folder)
+            subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL, check=True)
+
     def machine_over_all(self, name, append):
         """A machine over all hosts that starts to boot."""
         if not self.hosts.processes("h1"):
             say(f"     the node daemon on h1 has ended: {self.hosts.node_log('h1') or 'without a word'}; started again")
             self.hosts.start_node("h1")
-        self.hosts.shell("h0", f"cp /lab/bin/guest-litmus {LITMUS} && truncate -s %1M {LITMUS}")
+        self.litmus_disk()
         arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}", IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
@@ -176,9 +190,9 @@ def look_around(machine, cpus, nodes, mib):
 def litmus(machine, iterations, cpus):
     """The litmus tests in the guest, on CPUs of different hosts; the program comes on a disk."""
     begun = time.monotonic()
-    ask(machine, "mkdir -p /dev; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; "
-                 "while ! test -b /dev/vdb; do sleep 0.01; done; cat /dev/vdb >/litmus; chmod 755 /litmus")
-    said = ask(machine, f"/litmus {iterations} {' '.join(map(str, cpus))}", limit=1800)
+    ask(machine, "mkdir -p /dev /litmus; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; modprobe ext4; "
+                 "while ! test -b /dev/vdb; do sleep 0.01; done; mount -t ext4 -o ro /dev/vdb /litmus")
+    said = ask(machine, f"/litmus/guest-litmus {iterations} {' '.join(map(str, cpus))}", limit=1800)
     for line in re.findall(r".*: \d+ iterations, .*", said):
         say(f"     {line.strip()}")
     assert "litmus: all as allowed" in said, f"litmus tests: {said[-500:]}"
