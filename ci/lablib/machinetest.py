@@ -76,7 +76,8 @@ class MachineTests:
             return
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(cargotest.program().with_name("guest-litmus"), folder)
-            subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL, check=True)
+            subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, check=True)
 
     def machine_over_all(self, name, append):
         """A machine over all hosts that starts to boot."""
