@@ -71,7 +71,8 @@ impl Memory<W> for Strict {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let [me, group, mut rest @ ..] = data else { return };
+    let [me, group, rest @ ..] = data else { return };
+    let mut rest = rest;
     let geometry = Geometry::new(&[(0, 8), (0x100, 4)], &[4, 4, 4]);
     let me = me % NODES as u8;
     let mut engine = Engine::<W>::new(me, geometry.clone(), &[0..3, 5..6], 0..2, true);
