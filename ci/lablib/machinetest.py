@@ -81,9 +81,10 @@ class MachineTests:
 
     def machine_over_all(self, name, append):
         """A machine over all hosts that starts to boot."""
-        if not self.hosts.processes("h1"):
-            say(f"     the node daemon on h1 has ended: {self.hosts.node_log('h1') or 'without a word'}; started again")
-            self.hosts.start_node("h1")
+        for host in [f"h{index}" for index in range(1, self.hosts.count)]:
+            if not self.hosts.processes(host):
+                say(f"     the node daemon on {host} has ended: {self.hosts.node_log(host) or 'without a word'}; started again")
+                self.hosts.start_node(host)
         self.litmus_disk()
         arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}", IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
@@ -201,7 +202,7 @@ def litmus(machine, iterations, cpus):
 
 
 def hotplug(machine, cycles, cpus):
-    """CPUs go offline and come back, under load on all of them; nothing may be lost meanwhile."""
+    """CPUs go offline and come back while two programs compute; nothing may be lost meanwhile."""
     begun = time.monotonic()
     start = machine.seen
     # The kernel's warnings appear on the console, and only those.

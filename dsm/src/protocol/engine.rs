@@ -150,10 +150,12 @@ pub struct Engine<const W: usize> {
     pub(super) lost: Vec<u8>,
     pub(super) loopback: VecDeque<Message<W>>,
     pub(super) counters: Counters,
+    #[serde(skip)]
     pub(super) bug: Option<Bug>,
     /// Untouched pages homed here are taken in aligned groups of this many.
     pub(super) zero_group: u32,
     /// Only ever set by a planted bug.
+    #[serde(skip)]
     late_discard: Option<u32>,
 }
 

@@ -58,7 +58,10 @@ impl<const W: usize> Tables<W> {
         let pages = geometry.pages();
         let tables = self.replicas.keys().chain(self.order.iter().map(|(_, page)| page));
         tables.chain(self.links.keys()).chain(&self.roots).all(|page| *page < pages)
-            && self.order.len() == self.replicas.len()
+            && self.order == self.replicas.iter().map(|(page, (level, _))| (std::cmp::Reverse(*level), *page)).collect()
+            && self.replicas.values().all(|(level, _)| (1..=pte::ROOT_LEVEL).contains(level))
+            && self.image.start <= self.image.end
+            && self.image.end <= pages
             && self.links.values().flat_map(|link| &link.parents).all(|(page, word)| *page < pages && usize::from(*word) < W)
     }
 

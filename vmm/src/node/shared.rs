@@ -107,7 +107,8 @@ pub(super) fn run(
         Err(Stop::End(end)) => end,
         Err(Stop::Error(line)) => NodeEnd::Failed(line),
     };
-    if !matches!(end, NodeEnd::PeerLost(_)) {
+    // The first to end has told everybody.
+    if !matches!(end, NodeEnd::PeerLost(_) | NodeEnd::PeerEnded(_)) {
         node.tell_all(&Setup::Ended);
     }
     report::counters(spec, &node.machine, Some(&node.dsm), output);

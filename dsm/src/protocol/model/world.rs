@@ -369,7 +369,8 @@ impl World {
 
     /// Every engine comes back from its written form as it was.
     pub fn check_saved(&self) -> Result<(), String> {
-        for (node, engine) in self.engines.iter().enumerate() {
+        // A planted bug is not written down: such worlds are checked for the bug alone.
+        for (node, engine) in self.engines.iter().enumerate().filter(|(_, engine)| engine.bug.is_none()) {
             let text = serde_json::to_string(&engine.save()).map_err(|e| e.to_string())?;
             let state = serde_json::from_str(&text).map_err(|e| e.to_string())?;
             let back = Engine::<W>::restore(state, engine.geometry()).map_err(|e| e.to_string())?;
