@@ -22,7 +22,7 @@ static ZEROS: [[u64; PAGE_WORDS]; ZEROS_AT_ONCE] = [[0; PAGE_WORDS]; ZEROS_AT_ON
 /// Guest RAM under userfaultfd, as the coherence protocol uses it. Starts with every page absent.
 ///
 /// Operations that find a page in the wrong state, or whose request the kernel refuses, change
-/// nothing and keep the first error for [`UffdMemory::failed`]; the node cannot go on then.
+/// nothing (a group of zero pages may be filled in part) and keep the first error for [`UffdMemory::failed`]; the node cannot go on then.
 /// Dropping it together with its fault sources ends coherence: waiting threads go on and see
 /// zero pages.
 #[derive(Debug)]

@@ -92,7 +92,7 @@ mod tests {
                 hosts: 2,
                 cpus: 4,
                 first_host_cpus: 2,
-                },
+            },
         );
         assert!(
             line.contains("skew_tick=1") && line.contains("possible_cpus=4") && line.contains("nohz_full=2-3"),
