@@ -25,6 +25,7 @@ INITRD_SHELL = "rdinit=/bin/sh"
 #: How often each litmus test runs in the guest, and how often a CPU goes and comes back. Each iteration
 #: is several page transfers of milliseconds here; on hardware, or by hand, there can be more.
 LITMUS_ITERATIONS = int(os.environ.get("LITMUS_ITERATIONS", "320"))
+LITMUS_TABLES = int(os.environ.get("LITMUS_TABLES", "32"))
 HOTPLUG_CYCLES = int(os.environ.get("HOTPLUG_CYCLES", "5"))
 #: Seconds until the clock source has to be the final one.
 CLOCK_LIMIT = 180
@@ -114,7 +115,7 @@ class MachineTests:
                 machine.expect(r"Run /bin/sh as init process", 780)
                 say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
                 look_around(machine, cpus=2, nodes=2, mib=2 * MIB_EACH)
-                litmus(machine, LITMUS_ITERATIONS, [0, 1])
+                litmus(machine, LITMUS_ITERATIONS, LITMUS_TABLES, [0, 1])
                 hotplug(machine, HOTPLUG_CYCLES, [1])
                 machine.shut_down(240)
             finally:
@@ -129,6 +130,9 @@ class MachineTests:
                 machine.expect(r"Run /bin/sh as init process", 780)
                 say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
                 look_around(machine, cpus=6, nodes=3, mib=3 * MIB_EACH)
+                # Every thread of a test of four has a CPU for itself: writers on two hosts, one reader beside the
+                # first and one on the third host.
+                litmus(machine, 64, 4, [0, 2, 1, 4])
                 machine.shut_down(240)
             finally:
                 report(machine)
@@ -189,12 +193,12 @@ def look_around(machine, cpus, nodes, mib):
     say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source tsc, stock kernel {release}")
 
 
-def litmus(machine, iterations, cpus):
+def litmus(machine, iterations, tables, cpus):
     """The litmus tests in the guest, on CPUs of different hosts; the program comes on a disk."""
     begun = time.monotonic()
     ask(machine, "mkdir -p /dev /litmus; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; modprobe ext4; "
                  "while ! test -b /dev/vdb; do sleep 0.01; done; mount -t ext4 -o ro /dev/vdb /litmus")
-    said = ask(machine, f"/litmus/guest-litmus {iterations} {' '.join(map(str, cpus))}", limit=1800)
+    said = ask(machine, f"/litmus/guest-litmus {iterations} {tables} {' '.join(map(str, cpus))}", limit=3000)
     for line in re.findall(r".*: \d+ iterations, .*", said):
         say(f"     {line.strip()}")
     assert "litmus: all as allowed" in said, f"litmus tests: {said[-500:]}"

@@ -1,16 +1,21 @@
 //! Litmus tests for a Linux guest: run inside the machine, on CPUs of different hosts.
 //!
-//! `guest-litmus ITERATIONS CPU CPU...` pins one thread of each test to each CPU, round robin, and counts
-//! outcomes that x86's memory model (or Linux) does not allow. It prints a line a test and ends with
-//! `litmus: all as allowed` and status 0, or with `litmus: FORBIDDEN` and status 1.
+//! `guest-litmus ITERATIONS TABLES CPU CPU...` pins one thread of each test to each CPU, round robin, and
+//! counts outcomes that x86's memory model (or Linux) does not allow: ITERATIONS of each test of memory,
+//! TABLES of those of page tables, which are thousands of changes each. It prints a line a test, with how
+//! often each outcome was seen, and ends with `litmus: all as allowed` and status 0, or with
+//! `litmus: FORBIDDEN` and status 1.
 //!
 //! The memory tests run in rounds: in round r every store writes r, so a load sees the old value or the
 //! new one and nothing has to be reset. Each variable has a page, so every access that another host has
 //! made impossible is a page fault there.
 
 use std::cell::UnsafeCell;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, compiler_fence, fence};
+use std::time::Instant;
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -100,12 +105,14 @@ fn on_cpus(count: usize, cpus: &[usize], body: impl Fn(usize) + Sync) {
     });
 }
 
-fn litmus(test: &Test, iterations: usize, cpus: &[usize]) -> usize {
+/// The number of forbidden outcomes, and how often each outcome was seen: a digit a load, 1 for the new
+/// value.
+fn litmus(test: &Test, iterations: usize, cpus: &[usize]) -> (usize, String) {
     let variables = [Page::boxed(), Page::boxed()];
     let threads = test.threads.len();
     let barrier = Barrier::new(threads);
     let seen: Vec<Box<Page>> = (0..threads).map(|_| Page::boxed()).collect();
-    let forbidden = AtomicUsize::new(0);
+    let outcomes = Mutex::new(BTreeMap::<Vec<bool>, usize>::new());
     let rounds = iterations.div_ceil(BATCH) as u64;
     on_cpus(threads, cpus, |thread| {
         for round in 1..=rounds {
@@ -129,6 +136,7 @@ fn litmus(test: &Test, iterations: usize, cpus: &[usize]) -> usize {
             }
             barrier.wait();
             if thread == 0 {
+                let mut outcomes = outcomes.lock().expect("only this thread counts");
                 for i in 0..BATCH {
                     let mut new = Vec::new();
                     for (thread, ops) in test.threads.iter().enumerate() {
@@ -136,12 +144,16 @@ fn litmus(test: &Test, iterations: usize, cpus: &[usize]) -> usize {
                         let loads = ops.iter().filter(|op| matches!(op, Load(_))).count();
                         new.extend((0..loads).map(|n| bits >> n & 1 != 0));
                     }
-                    forbidden.fetch_add(usize::from((test.forbidden)(&new)), Ordering::Relaxed);
+                    *outcomes.entry(new).or_default() += 1;
                 }
             }
         }
     });
-    forbidden.into_inner()
+    let outcomes = outcomes.into_inner().expect("all threads have ended well");
+    let forbidden = outcomes.iter().filter(|(new, _)| (test.forbidden)(new)).map(|(_, count)| count).sum();
+    let digits = |new: &[bool]| new.iter().map(|bit| if *bit { '1' } else { '0' }).collect::<String>();
+    let seen: Vec<_> = outcomes.iter().map(|(new, count)| format!("{} {count}", digits(new))).collect();
+    (forbidden, seen.join(", "))
 }
 
 /// Locked increments of one word; the number lost.
@@ -257,24 +269,28 @@ fn forks(iterations: usize, cpus: &[usize]) -> usize {
 
 fn main() -> ExitCode {
     let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
-    let Some((&iterations, cpus)) = arguments.split_first().filter(|(_, cpus)| cpus.len() >= 2) else {
-        eprintln!("usage: guest-litmus ITERATIONS CPU CPU...: at least two CPUs are needed");
+    let Some((&[iterations, tables], cpus)) = arguments.split_first_chunk().filter(|(_, cpus)| cpus.len() >= 2) else {
+        eprintln!("usage: guest-litmus ITERATIONS TABLES CPU CPU...: at least two CPUs are needed");
         return ExitCode::from(2);
     };
     let mut forbidden = 0;
-    let mut report = |name: &str, iterations: usize, bad: usize| {
-        println!("{name}: {iterations} iterations, {bad} forbidden");
+    let mut report = |name: &str, iterations: usize, test: &dyn Fn() -> (usize, String)| {
+        let begun = Instant::now();
+        let (bad, seen) = test();
+        let seconds = begun.elapsed().as_secs_f64();
+        println!("{name}: {iterations} iterations, {bad} forbidden; {seconds:.1} s by the guest's clock{seen}");
         forbidden += bad;
     };
     for test in TESTS {
-        report(test.name, iterations, litmus(test, iterations, cpus));
+        report(test.name, iterations.div_ceil(BATCH) * BATCH, &|| {
+            let (bad, seen) = litmus(test, iterations, cpus);
+            (bad, format!("; seen: {seen}"))
+        });
     }
-    report("locked increments", iterations, increments(iterations, cpus));
-    report("spin lock", iterations, locked(iterations, cpus));
-    // Each is thousands of page-table changes and several faults; a tenth as many say as much.
-    let fewer = iterations.div_ceil(10);
-    report("map, touch, protect, unmap", fewer, mappings(fewer, cpus));
-    report("fork", fewer, forks(fewer, cpus));
+    report("locked increments", iterations, &|| (increments(iterations, cpus), String::new()));
+    report("spin lock", iterations, &|| (locked(iterations, cpus), String::new()));
+    report("map, touch, protect, unmap", tables, &|| (mappings(tables, cpus), String::new()));
+    report("fork", tables, &|| (forks(tables, cpus), String::new()));
     println!("litmus: {}", if forbidden == 0 { "all as allowed" } else { "FORBIDDEN" });
     ExitCode::from(u8::from(forbidden > 0))
 }
