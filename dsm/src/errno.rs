@@ -16,48 +16,13 @@ impl Errno {
     pub fn of(error: &std::io::Error) -> Self {
         Self(error.raw_os_error().unwrap_or(0))
     }
-
-    fn name(self) -> Option<&'static str> {
-        Some(match self.0 {
-            libc::EPERM => "EPERM",
-            libc::ENOENT => "ENOENT",
-            libc::ESRCH => "ESRCH",
-            libc::EINTR => "EINTR",
-            libc::EIO => "EIO",
-            libc::EBADF => "EBADF",
-            libc::EAGAIN => "EAGAIN",
-            libc::ENOMEM => "ENOMEM",
-            libc::EACCES => "EACCES",
-            libc::EFAULT => "EFAULT",
-            libc::EBUSY => "EBUSY",
-            libc::EEXIST => "EEXIST",
-            libc::ENODEV => "ENODEV",
-            libc::EINVAL => "EINVAL",
-            libc::ENFILE => "ENFILE",
-            libc::EMFILE => "EMFILE",
-            libc::ENOTTY => "ENOTTY",
-            libc::ENOSPC => "ENOSPC",
-            libc::EPIPE => "EPIPE",
-            libc::ENOSYS => "ENOSYS",
-            libc::EOPNOTSUPP => "EOPNOTSUPP",
-            libc::ENOTCONN => "ENOTCONN",
-            libc::ENOBUFS => "ENOBUFS",
-            libc::ENETUNREACH => "ENETUNREACH",
-            libc::EHOSTUNREACH => "EHOSTUNREACH",
-            libc::ECONNABORTED => "ECONNABORTED",
-            libc::ECONNRESET => "ECONNRESET",
-            libc::ECONNREFUSED => "ECONNREFUSED",
-            libc::ETIMEDOUT => "ETIMEDOUT",
-            _ => return None,
-        })
-    }
 }
 
 impl fmt::Display for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "errno {}", self.0),
+        match nix::errno::Errno::from_raw(self.0) {
+            nix::errno::Errno::UnknownErrno => write!(f, "errno {}", self.0),
+            known => write!(f, "{known:?}"),
         }
     }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 /// Why a disk image could not be opened, read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -106,12 +108,10 @@ impl DiskError {
 
 /// The errno's name and its usual text, or the error's own text if it is none of the system's.
 fn describe(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(code) => match errno_name(code) {
-            Some(name) => format!("{name} ({})", plain_text(error)),
-            None => format!("errno {code} ({})", plain_text(error)),
-        },
-        None => error.to_string(),
+    let Some(code) = error.raw_os_error() else { return error.to_string() };
+    match Errno::from_raw(code) {
+        Errno::UnknownErrno => format!("errno {code} ({})", plain_text(error)),
+        errno => format!("{errno:?} ({})", plain_text(error)),
     }
 }
 
@@ -122,41 +122,6 @@ fn plain_text(error: &io::Error) -> String {
         Some(end) => text[..end].to_owned(),
         None => text,
     }
-}
-
-fn errno_name(code: i32) -> Option<&'static str> {
-    Some(match code {
-        libc::EPERM => "EPERM",
-        libc::ENOENT => "ENOENT",
-        libc::EINTR => "EINTR",
-        libc::EIO => "EIO",
-        libc::ENXIO => "ENXIO",
-        libc::EBADF => "EBADF",
-        libc::EAGAIN => "EAGAIN",
-        libc::ENOMEM => "ENOMEM",
-        libc::EACCES => "EACCES",
-        libc::EBUSY => "EBUSY",
-        libc::EEXIST => "EEXIST",
-        libc::ENODEV => "ENODEV",
-        libc::ENOTDIR => "ENOTDIR",
-        libc::EISDIR => "EISDIR",
-        libc::EINVAL => "EINVAL",
-        libc::ENFILE => "ENFILE",
-        libc::EMFILE => "EMFILE",
-        libc::ETXTBSY => "ETXTBSY",
-        libc::EFBIG => "EFBIG",
-        libc::ENOSPC => "ENOSPC",
-        libc::ESPIPE => "ESPIPE",
-        libc::EROFS => "EROFS",
-        libc::ENAMETOOLONG => "ENAMETOOLONG",
-        libc::ELOOP => "ELOOP",
-        libc::EOPNOTSUPP => "EOPNOTSUPP",
-        libc::ENOMEDIUM => "ENOMEDIUM",
-        libc::EMEDIUMTYPE => "EMEDIUMTYPE",
-        libc::EDQUOT => "EDQUOT",
-        libc::ESTALE => "ESTALE",
-        _ => return None,
-    })
 }
 
 #[cfg(test)]

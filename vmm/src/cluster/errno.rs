@@ -2,13 +2,15 @@
 
 use std::io;
 
+use nix::errno::Errno;
+
 /// `error` with its errno name where it has one: `ECONNREFUSED (connection refused)`.
 pub fn describe(error: &io::Error) -> String {
     let name = match error.raw_os_error() {
         Some(number) => name(number),
         // The standard library's own time limits carry no number.
         None => match error.kind() {
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Some("ETIMEDOUT"),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Some("ETIMEDOUT".to_owned()),
             _ => None,
         },
     };
@@ -20,42 +22,9 @@ pub fn describe(error: &io::Error) -> String {
     }
 }
 
-fn name(number: i32) -> Option<&'static str> {
-    Some(match number {
-        libc::EPERM => "EPERM",
-        libc::ENOENT => "ENOENT",
-        libc::EIO => "EIO",
-        libc::ENXIO => "ENXIO",
-        libc::EAGAIN => "EAGAIN",
-        libc::ENOMEM => "ENOMEM",
-        libc::EACCES => "EACCES",
-        libc::EBUSY => "EBUSY",
-        libc::EEXIST => "EEXIST",
-        libc::ENODEV => "ENODEV",
-        libc::ENOTDIR => "ENOTDIR",
-        libc::EISDIR => "EISDIR",
-        libc::EINVAL => "EINVAL",
-        libc::EMFILE => "EMFILE",
-        libc::ENFILE => "ENFILE",
-        libc::ENOTTY => "ENOTTY",
-        libc::ENOSPC => "ENOSPC",
-        libc::EROFS => "EROFS",
-        libc::EPIPE => "EPIPE",
-        libc::ELOOP => "ELOOP",
-        libc::ENAMETOOLONG => "ENAMETOOLONG",
-        libc::ENOSYS => "ENOSYS",
-        libc::EADDRINUSE => "EADDRINUSE",
-        libc::EADDRNOTAVAIL => "EADDRNOTAVAIL",
-        libc::ENETDOWN => "ENETDOWN",
-        libc::ENETUNREACH => "ENETUNREACH",
-        libc::ECONNABORTED => "ECONNABORTED",
-        libc::ECONNRESET => "ECONNRESET",
-        libc::ETIMEDOUT => "ETIMEDOUT",
-        libc::ECONNREFUSED => "ECONNREFUSED",
-        libc::EHOSTDOWN => "EHOSTDOWN",
-        libc::EHOSTUNREACH => "EHOSTUNREACH",
-        _ => return None,
-    })
+fn name(number: i32) -> Option<String> {
+    let errno = Errno::from_raw(number);
+    (errno != Errno::UnknownErrno).then(|| format!("{errno:?}"))
 }
 
 #[cfg(test)]

@@ -74,39 +74,16 @@ impl MachineError {
     }
 }
 
-/// An error number that prints as its symbol where that is commonly known ("ENOENT (No such file
-/// or directory)").
+/// An error number that prints as its symbol and its text ("ENOENT (No such file or directory)").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub i32);
 
 impl std::fmt::Display for Errno {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let name = match self.0 {
-            libc::EPERM => "EPERM",
-            libc::ENOENT => "ENOENT",
-            libc::EINTR => "EINTR",
-            libc::EIO => "EIO",
-            libc::ENXIO => "ENXIO",
-            libc::E2BIG => "E2BIG",
-            libc::EBADF => "EBADF",
-            libc::EAGAIN => "EAGAIN",
-            libc::ENOMEM => "ENOMEM",
-            libc::EACCES => "EACCES",
-            libc::EFAULT => "EFAULT",
-            libc::EBUSY => "EBUSY",
-            libc::EEXIST => "EEXIST",
-            libc::ENODEV => "ENODEV",
-            libc::EINVAL => "EINVAL",
-            libc::EMFILE => "EMFILE",
-            libc::ENOTTY => "ENOTTY",
-            libc::ENOSPC => "ENOSPC",
-            libc::ENOSYS => "ENOSYS",
-            libc::EOPNOTSUPP => "EOPNOTSUPP",
-            _ => "errno",
-        };
+        let name = nix::errno::Errno::from_raw(self.0);
         let text = std::io::Error::from_raw_os_error(self.0).to_string();
         match text.find(" (os error") {
-            Some(end) if name != "errno" => write!(f, "{name} ({})", &text[..end]),
+            Some(end) if name != nix::errno::Errno::UnknownErrno => write!(f, "{name:?} ({})", &text[..end]),
             _ => f.write_str(&text),
         }
     }
