@@ -280,6 +280,13 @@ impl Dsm {
         }
     }
 
+    /// A peer is lost: no page is waited for from it any more. Before the start there is nothing to wait for.
+    fn lose(&self, peer: usize) {
+        if self.lock().is_some() {
+            self.step(peer, Input::Lost(peer as NodeId));
+        }
+    }
+
     /// One step of the engine and all that follows from it.
     fn step(&self, from: usize, input: Input<PAGE_WORDS>) {
         let mut guard = self.lock();
@@ -308,6 +315,14 @@ impl Dsm {
             if engine.is_pending(page) || out.completed.contains(&page) {
                 waiting.entry(page).or_insert(since);
             }
+        }
+        // Whoever waits for a page that was lost is let go by the end of the machine, which the same loss
+        // brings: the transport tells of it, here or to the node that told this one.
+        for page in out.failed.drain(..) {
+            waiting.remove(&page);
+        }
+        for node in out.lost.drain(..) {
+            tracing::info!(node, "nothing is shared with this node any more");
         }
         for page in out.completed.drain(..) {
             if let Some(since) = waiting.remove(&page) {
@@ -389,6 +404,9 @@ impl Handler for Receiver {
     }
 
     fn event(&self, event: PeerEvent) {
+        if let PeerEvent::Lost { peer, .. } = event {
+            self.0.lose(peer);
+        }
         self.0.fail(DsmError::Peer(event));
     }
 }

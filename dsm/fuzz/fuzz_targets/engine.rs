@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use krg_dsm::protocol::{Engine, Geometry, Input, Memory, Message, Output, PageData};
+use krg_dsm::protocol::{Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData};
 use libfuzzer_sys::fuzz_target;
 
 /// Words a page: two in the user half of a root, two in the kernel half.
@@ -74,7 +74,7 @@ fuzz_target!(|data: &[u8]| {
     let [me, group, rest @ ..] = data else { return };
     let mut rest = rest;
     let geometry = Geometry::new(&[(0, 8), (0x100, 4)], &[4, 4, 4]);
-    let me = me % NODES as u8;
+    let me = NodeId::from(*me) % NODES as NodeId;
     let mut engine = Engine::<W>::new(me, geometry.clone(), &[0..3, 5..6], 0..2, true);
     engine.take_zeros_by(1 << (group % 4));
     let mut memory = Strict(vec![None; PAGES as usize]);
@@ -95,12 +95,14 @@ fuzz_target!(|data: &[u8]| {
             }
             2 => Input::Roots(body.iter().map(|page| u32::from(*page) % PAGES).collect()),
             3 => {
-                let to = first % NODES as u8;
+                let to = NodeId::from(first) % NODES as NodeId;
                 if to == me {
                     continue;
                 }
                 Input::Send { to, bytes: body.to_vec() }
             }
+            // The transport tells of a loss.
+            4 if kind & 128 != 0 && first & 1 != 0 => Input::Lost(NodeId::from(first >> 1) % NODES as NodeId),
             4 => {
                 // The guest writes where it may.
                 let page = usize::from(first) % PAGES as usize;
@@ -114,7 +116,7 @@ fuzz_target!(|data: &[u8]| {
                 let mut again = Vec::new();
                 message.encode(&mut again);
                 assert_eq!(Message::<W>::decode(&again).as_ref(), Ok(&message));
-                let from = (kind >> 3) % NODES as u8;
+                let from = NodeId::from(kind >> 3) % NODES as NodeId;
                 if from == me {
                     continue;
                 }

@@ -9,112 +9,136 @@ use super::engine::{Access, Engine, Output, ProtocolError};
 use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
-use super::pte;
-
-/// Where a page is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-enum Place {
-    /// Nobody wrote it yet: it reads as zero.
-    #[default]
-    Untouched,
-    /// `owner` has the page; with no sharers it may write, else all of them read.
-    Owned { owner: NodeId, sharers: u64 },
-    /// A page table with a replica at each holder; the master copy is here.
-    Replicated { holders: u64 },
-}
+use super::node_set::NodeSet;
+use super::place::Place;
+use super::{Bug, pte};
 
 /// A request that waits for the one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-struct Request {
-    from: NodeId,
-    write: bool,
-    table: bool,
+pub(super) struct Request {
+    pub from: NodeId,
+    pub write: bool,
+    pub table: bool,
 }
 
 /// What a page is busy with.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-enum Busy {
-    /// A request by this node: until its Done, or the owner's Promote.
+pub(super) enum Busy {
+    /// A request by this node: until its Done, or the owner's Promote. `owner` has the copy it gets: `by`
+    /// itself if it has one.
     Request { by: NodeId, owner: NodeId },
+    /// The requester was lost: until the owner has said whether it has the page still.
+    Recall { requester: NodeId, owner: NodeId },
     /// A replica is taken back from these nodes, for `owner` (`None`: for home itself).
-    Demotion { owner: Option<NodeId>, waiting: u64, changes: Vec<Change> },
+    Demotion { owner: Option<NodeId>, waiting: NodeSet, changes: Vec<Change> },
 }
 
-/// What home keeps of a replicated page: its level as a table and the content all merges have led to.
+/// What home keeps of a replicated page: its level as a table, who has a replica, and the content all
+/// merges have led to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-struct Master<const W: usize> {
-    level: u8,
+pub(super) struct Master<const W: usize> {
+    pub level: u8,
+    pub holders: NodeSet,
     #[serde(with = "words")]
-    data: Box<PageData<W>>,
+    pub data: Box<PageData<W>>,
 }
 
 /// The directory of one home.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Directory<const W: usize> {
-    first: u32,
-    places: Vec<Place>,
-    busy: BTreeMap<u32, Busy>,
-    queues: BTreeMap<u32, VecDeque<Request>>,
-    masters: BTreeMap<u32, Master<W>>,
+    pub first: u32,
+    pub places: Vec<Place>,
+    pub busy: BTreeMap<u32, Busy>,
+    pub queues: BTreeMap<u32, VecDeque<Request>>,
+    pub masters: BTreeMap<u32, Master<W>>,
     /// Pages that a node reads and then writes while nobody else reads them: the next reader is given
     /// the page to write at once. Locks and counters are such pages.
     migratory: BTreeSet<u32>,
 }
 
-fn bit(node: NodeId) -> u64 {
-    1 << node
-}
-
 impl<const W: usize> Directory<W> {
     pub(super) fn new(me: NodeId, geometry: &Geometry, preloaded: &[Range<u32>]) -> Self {
-        let homed: Vec<u32> = (0..geometry.pages()).filter(|&p| geometry.home(p) == me).collect();
-        let first = homed.first().copied().unwrap_or(0);
+        let homed = geometry.homed(me);
         let mut places = vec![Place::Untouched; homed.len()];
-        for page in preloaded.iter().cloned().flatten().filter(|&p| geometry.home(p) == me) {
-            places[(page - first) as usize] = Place::Owned { owner: 0, sharers: 0 };
+        for page in preloaded.iter().cloned().flatten().filter(|page| homed.contains(page)) {
+            places[(page - homed.start) as usize] = Place::owned(0, NodeSet::new());
         }
-        Directory { first, places, busy: BTreeMap::new(), queues: BTreeMap::new(), masters: BTreeMap::new(), migratory: BTreeSet::new() }
+        Directory {
+            first: homed.start,
+            places,
+            busy: BTreeMap::new(),
+            queues: BTreeMap::new(),
+            masters: BTreeMap::new(),
+            migratory: BTreeSet::new(),
+        }
     }
 
     pub(super) fn quiet(&self) -> bool {
         self.busy.is_empty() && self.queues.is_empty()
     }
 
-    /// Whether this is a directory of the pages homed at `me`, and everything in it is about those.
-    pub(super) fn fits(&self, me: NodeId, geometry: &Geometry) -> bool {
-        let mut homed = (0..geometry.pages()).filter(|&p| geometry.home(p) == me);
-        let first = homed.next();
-        let count = homed.count() + usize::from(first.is_some());
-        let first = first.unwrap_or(0);
-        let here = |page: &u32| page.checked_sub(first).is_some_and(|n| (n as usize) < count);
-        let node = |node: NodeId| usize::from(node) < geometry.nodes();
-        self.first == first
-            && self.places.len() == count
-            && self.places.iter().all(|place| !matches!(place, Place::Owned { owner, .. } if !node(*owner)))
-            && self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory).all(here)
-            && self.queues.values().flatten().all(|request| node(request.from))
+    /// Memory of the directory that grows with its pages.
+    pub(super) fn bytes(&self) -> usize {
+        self.places.iter().map(|place| size_of::<Place>() + place.heap_bytes()).sum()
     }
 
-    fn place(&mut self, page: u32) -> &mut Place {
+    /// Whether this is a directory of the pages homed at `me`, and everything in it is about those, about
+    /// nodes that exist, and agrees with itself.
+    pub(super) fn fits(&self, me: NodeId, geometry: &Geometry) -> bool {
+        let (homed, nodes) = (geometry.homed(me), geometry.nodes());
+        if self.first != homed.start || self.places.len() != homed.len() {
+            return false;
+        }
+        let node = |node: NodeId| usize::from(node) < nodes;
+        let place = |page: u32| &self.places[(page - self.first) as usize];
+        let known = self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory);
+        let owners_fit = self.places.iter().all(|place| match place.clone().into_owned() {
+            Ok((owner, sharers)) => node(owner) && sharers.fits(nodes) && !sharers.contains(owner),
+            Err(_) => true,
+        });
+        let replicated = homed.clone().filter(|page| *place(*page) == Place::Replicated);
+        let busy_fits = |(page, busy): (&u32, &Busy)| match busy {
+            Busy::Request { by, owner } => node(*by) && node(*owner) && place(*page).names(*by),
+            Busy::Recall { requester, owner } => node(*requester) && node(*owner) && requester != owner,
+            Busy::Demotion { owner, waiting, changes } => {
+                self.masters.contains_key(page)
+                    && owner.is_none_or(|owner| node(owner) && !waiting.contains(owner))
+                    && waiting.fits(nodes)
+                    && changes.iter().all(|change| change.page == *page && usize::from(change.word) < W)
+            }
+        };
+        let queue_fits = |(page, queue): (&u32, &VecDeque<Request>)| {
+            let from: BTreeSet<_> = queue.iter().map(|request| request.from).collect();
+            self.busy.contains_key(page) && !queue.is_empty() && from.len() == queue.len() && from.into_iter().all(node)
+        };
+        known.copied().all(|page| homed.contains(&page))
+            && owners_fit
+            && self.masters.keys().copied().eq(replicated)
+            && self.masters.values().all(|m| (1..=pte::ROOT_LEVEL).contains(&m.level) && m.holders.fits(nodes))
+            && self.busy.iter().all(busy_fits)
+            && self.queues.iter().all(queue_fits)
+    }
+
+    pub(super) fn place(&mut self, page: u32) -> &mut Place {
         &mut self.places[(page - self.first) as usize]
     }
 
     /// Applies a change to the master copy. Returns the holders, and whether the change followed from
     /// the master's value; `None` if the page is not replicated.
-    pub(super) fn merge(&mut self, from: NodeId, change: &Change) -> Option<(u64, bool)> {
-        let Place::Replicated { holders } = *self.place(change.page) else { return None };
-        if holders & bit(from) == 0 {
+    pub(super) fn merge(&mut self, from: NodeId, change: &Change) -> Option<(&NodeSet, bool)> {
+        let master = self.masters.get_mut(&change.page)?;
+        if !master.holders.contains(from) {
             return None;
         }
-        let word = self.masters.get_mut(&change.page)?.data.get_mut(usize::from(change.word))?;
+        let word = master.data.get_mut(usize::from(change.word))?;
         let clean = *word == change.old || pte::same_but_accessed_dirty(*word, change.old) || *word == change.new;
         *word = change.new;
-        Some((holders, clean))
+        Some((&master.holders, clean))
     }
 }
 
 impl<const W: usize> Engine<W> {
-    fn check_home(&self, from: NodeId, page: u32, what: &'static str) -> Result<(), ProtocolError> {
+    pub(super) fn check_home(&self, from: NodeId, page: u32, what: &'static str) -> Result<(), ProtocolError> {
         if self.geometry.home(page) == self.me { Ok(()) } else { Err(ProtocolError { from, what, page }) }
     }
 
@@ -137,7 +161,7 @@ impl<const W: usize> Engine<W> {
                 continue;
             }
             for page in run.clone() {
-                *self.directory.place(page) = Place::Owned { owner: self.me, sharers: 0 };
+                *self.directory.place(page) = Place::owned(self.me, NodeSet::new());
                 self.access[page as usize] = Access::Exclusive;
             }
             self.counters.zero_neighbours += u64::from(run.end - run.start);
@@ -170,75 +194,103 @@ impl<const W: usize> Engine<W> {
         self.serve(page, request, memory, out)
     }
 
-    fn serve(
+    pub(super) fn serve(
         &mut self,
         page: u32,
         request: Request,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
-        let Request { from, write, table } = request;
-        match *self.directory.place(page) {
-            Place::Untouched => {
-                *self.directory.place(page) = Place::Owned { owner: from, sharers: 0 };
-                // No Done: whatever home sends next about this page comes behind the grant.
-                self.send(from, Message::Grant { page, zero: true, acks: 0, done: false }, memory, out);
-            }
-            Place::Owned { owner, sharers } => {
-                let has_copy = owner == from || sharers & bit(from) != 0;
-                if has_copy && !write {
-                    return Err(ProtocolError { from, what: "a read Get for a page it has", page });
-                }
-                let mut drop = if write { sharers & !bit(from) } else { 0 };
-                if has_copy && owner != from {
-                    drop |= bit(owner);
-                }
-                let acks = drop.count_ones() as u8;
-                // Home need not wait if all that follows reaches the requester through home, in order.
-                if has_copy && owner != from {
-                    // It read the page, and now writes it: one reader, and the next writer.
-                    if sharers == bit(from) {
-                        self.directory.migratory.insert(page);
-                    } else {
-                        self.directory.migratory.remove(&page);
-                    }
-                }
-                let migratory = !write && sharers == 0 && self.directory.migratory.contains(&page);
-                let done = acks > 0 || migratory || from == self.me || (!has_copy && owner != self.me);
-                if done || !has_copy {
-                    self.directory.busy.insert(page, Busy::Request { by: from, owner });
-                }
-                *self.directory.place(page) = if write || migratory {
-                    Place::Owned { owner: from, sharers: 0 }
-                } else {
-                    Place::Owned { owner, sharers: sharers | bit(from) }
+        let Request { from, table, .. } = request;
+        match std::mem::take(self.directory.place(page)).into_owned() {
+            Ok((owner, sharers)) => self.serve_owned(page, request, owner, sharers, memory, out)?,
+            Err(Place::Replicated) => {
+                *self.directory.place(page) = Place::Replicated;
+                let Some(master) = self.directory.masters.get_mut(&page) else {
+                    return Err(ProtocolError { from, what: "a Get for a replica without a master", page });
                 };
-                for node in (0..self.geometry.nodes() as NodeId).filter(|&n| drop & bit(n) != 0) {
-                    self.send(node, Message::Invalidate { page, requester: from }, memory, out);
-                }
-                if has_copy {
-                    self.send(from, Message::Grant { page, zero: false, acks, done }, memory, out);
-                } else {
-                    let alone = sharers == 0;
-                    let fetch = Message::Fetch { page, requester: from, write, acks, alone, table, done, migratory };
-                    self.send(owner, fetch, memory, out);
-                }
-            }
-            Place::Replicated { holders } => {
-                if holders & bit(from) != 0 {
+                if master.holders.contains(from) {
                     return Err(ProtocolError { from, what: "a Get for a replica it has", page });
                 }
                 if table {
-                    *self.directory.place(page) = Place::Replicated { holders: holders | bit(from) };
-                    let Some(Master { level, data }) = self.directory.masters.get(&page).cloned() else {
-                        return Err(ProtocolError { from, what: "a Get for a replica without a master", page });
-                    };
-                    self.send(from, Message::Replica { page, level, data }, memory, out);
+                    master.holders.insert(from);
+                    let replica = Message::Replica { page, level: master.level, data: master.data.clone() };
+                    self.send(from, replica, memory, out);
                 } else {
                     self.directory.queues.entry(page).or_default().push_front(request);
                     self.home_take_back(page, None, memory, out);
                 }
             }
+            Err(Place::Lost) => {
+                *self.directory.place(page) = Place::Lost;
+                self.send(from, Message::Gone { page }, memory, out);
+            }
+            Err(_) => {
+                *self.directory.place(page) = Place::owned(from, NodeSet::new());
+                // No Done: whatever home sends next about this page comes behind the grant.
+                self.send(from, Message::Grant { page, zero: true, acks: NodeSet::new(), done: false }, memory, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves a request for a page that is `owner`'s and that `sharers` read.
+    fn serve_owned(
+        &mut self,
+        page: u32,
+        request: Request,
+        owner: NodeId,
+        mut sharers: NodeSet,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let Request { from, write, table } = request;
+        let has_copy = owner == from || sharers.contains(from);
+        if has_copy && !write {
+            return Err(ProtocolError { from, what: "a read Get for a page it has", page });
+        }
+        let alone = sharers.is_empty();
+        if has_copy && owner != from {
+            // It read the page, and now writes it: one reader, and the next writer.
+            if sharers.len() == 1 {
+                self.directory.migratory.insert(page);
+            } else {
+                self.directory.migratory.remove(&page);
+            }
+        }
+        let migratory = !write && alone && self.directory.migratory.contains(&page);
+        let mut acks = NodeSet::new();
+        if write {
+            acks = std::mem::take(&mut sharers);
+            acks.remove(from);
+            if has_copy && owner != from {
+                acks.insert(owner);
+            }
+        }
+        // Home need not wait if all that follows reaches the requester through home, in order.
+        let mut done = !acks.is_empty() || migratory || from == self.me || (!has_copy && owner != self.me);
+        let mut busy = done || !has_copy;
+        if self.bug == Some(Bug::DoneNotAwaited) {
+            (done, busy) = (false, false);
+        }
+        if busy {
+            let owner = if has_copy { from } else { owner };
+            self.directory.busy.insert(page, Busy::Request { by: from, owner });
+        }
+        *self.directory.place(page) = if write || migratory {
+            Place::owned(from, NodeSet::new())
+        } else {
+            sharers.insert(from);
+            Place::owned(owner, sharers)
+        };
+        for node in acks.iter() {
+            self.send(node, Message::Invalidate { page, requester: from }, memory, out);
+        }
+        if has_copy {
+            self.send(from, Message::Grant { page, zero: false, acks, done }, memory, out);
+        } else {
+            let fetch = Message::Fetch { page, requester: from, write, acks, alone, table, done, migratory };
+            self.send(owner, fetch, memory, out);
         }
         Ok(())
     }
@@ -259,12 +311,18 @@ impl<const W: usize> Engine<W> {
         self.directory.busy.remove(&page);
         if shared && owner != from {
             self.directory.migratory.remove(&page);
-            *self.directory.place(page) = Place::Owned { owner, sharers: bit(from) };
+            *self.directory.place(page) = Place::owned(owner, NodeSet::of(from));
         }
+        self.forget_lost(page);
         self.serve_next(page, memory, out)
     }
 
-    fn serve_next(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) -> Result<(), ProtocolError> {
+    pub(super) fn serve_next(
+        &mut self,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
         while !self.directory.busy.contains_key(&page) {
             let Some(queue) = self.directory.queues.get_mut(&page) else { return Ok(()) };
             let next = queue.pop_front();
@@ -301,12 +359,16 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Promote")?;
-        let expected = matches!(self.directory.busy.get(&page), Some(Busy::Request { by, .. }) if *by == requester);
+        let (expected, holders) = match self.directory.busy.get(&page) {
+            Some(Busy::Request { by, owner }) => ((*by, *owner) == (requester, from), [from, requester].into_iter().collect()),
+            Some(Busy::Recall { requester: lost, owner }) => ((*lost, *owner) == (requester, from), NodeSet::of(from)),
+            _ => (false, NodeSet::new()),
+        };
         if !expected || from == requester || !(1..=pte::ROOT_LEVEL).contains(&level) {
             return Err(ProtocolError { from, what: "a Promote nobody asked for", page });
         }
-        *self.directory.place(page) = Place::Replicated { holders: bit(from) | bit(requester) };
-        self.directory.masters.insert(page, Master { level, data: data.clone() });
+        *self.directory.place(page) = Place::Replicated;
+        self.directory.masters.insert(page, Master { level, holders, data: data.clone() });
         self.directory.busy.remove(&page);
         self.send(requester, Message::Replica { page, level, data }, memory, out);
         self.serve_next(page, memory, out)
@@ -322,7 +384,7 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Demote")?;
         // Otherwise it was taken back meanwhile: the Drop that tells so is on its way.
-        if matches!(*self.directory.place(page), Place::Replicated { holders } if holders & bit(from) != 0) {
+        if self.directory.masters.get(&page).is_some_and(|master| master.holders.contains(from)) {
             self.home_take_back(page, Some(from), memory, out);
         }
         Ok(())
@@ -336,18 +398,21 @@ impl<const W: usize> Engine<W> {
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) {
-        let Place::Replicated { holders } = *self.directory.place(page) else { return };
+        let Some(master) = self.directory.masters.get(&page) else { return };
         if self.directory.busy.contains_key(&page) {
             return;
         }
-        let waiting = holders & !owner.map_or(0, bit);
-        self.directory.busy.insert(page, Busy::Demotion { owner, waiting, changes: Vec::new() });
-        for node in (0..self.geometry.nodes() as NodeId).filter(|&n| waiting & bit(n) != 0) {
+        let mut waiting = master.holders.clone();
+        if let Some(owner) = owner {
+            waiting.remove(owner);
+        }
+        for node in waiting.iter() {
             self.send(node, Message::Drop { page }, memory, out);
         }
-        if waiting == 0 {
+        if waiting.is_empty() {
             self.loopback.push_back(Message::Dropped { page, changes: Vec::new() });
         }
+        self.directory.busy.insert(page, Busy::Demotion { owner, waiting, changes: Vec::new() });
     }
 
     /// A holder has given up its replica.
@@ -360,30 +425,40 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Dropped")?;
-        let Some(Busy::Demotion { owner, waiting, changes }) = self.directory.busy.get_mut(&page) else {
+        let Some(Busy::Demotion { waiting, changes, .. }) = self.directory.busy.get_mut(&page) else {
             return Err(ProtocolError { from, what: "a Dropped nobody waits for", page });
         };
         if changed.iter().any(|c| c.page != page || usize::from(c.word) >= W) {
             return Err(ProtocolError { from, what: "Dropped with changes elsewhere", page });
         }
-        let owner = *owner;
-        *waiting &= !bit(from);
-        let over = *waiting == 0;
+        waiting.remove(from);
         changes.extend(&changed);
-        let all = if over { std::mem::take(changes) } else { Vec::new() };
         if let Some(master) = self.directory.masters.get_mut(&page) {
             for change in &changed {
                 master.data[usize::from(change.word)] = change.new;
             }
         }
-        if !over {
-            return Ok(());
-        }
+        self.finish_demotion(from, page, memory, out)
+    }
+
+    /// If nobody holds the replica any more but its new owner: the page is that node's, or goes to whoever
+    /// asked first, or to home. `from`: whose message or loss led here.
+    pub(super) fn finish_demotion(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let (owner, changes) = match self.directory.busy.get_mut(&page) {
+            Some(Busy::Demotion { owner, waiting, changes }) if waiting.is_empty() => (*owner, std::mem::take(changes)),
+            _ => return Ok(()),
+        };
         self.directory.busy.remove(&page);
         let master = self.directory.masters.remove(&page);
         if let Some(owner) = owner {
-            *self.directory.place(page) = Place::Owned { owner, sharers: 0 };
-            self.send(owner, Message::Demoted { page, changes: all }, memory, out);
+            *self.directory.place(page) = Place::owned(owner, NodeSet::new());
+            self.send(owner, Message::Demoted { page, changes }, memory, out);
         } else {
             let Some(Master { data, .. }) = master else {
                 return Err(ProtocolError { from, what: "Dropped without a master", page });
@@ -394,10 +469,14 @@ impl<const W: usize> Engine<W> {
                 self.directory.queues.remove(&page);
             }
             let owner = next.map_or(self.me, |r| r.from);
-            *self.directory.place(page) = Place::Owned { owner, sharers: 0 };
+            *self.directory.place(page) = Place::owned(owner, NodeSet::new());
             if next.is_some() {
-                self.send(owner, Message::Data { page, write: true, acks: 0, done: false, migratory: false, data }, memory, out);
+                let acks = NodeSet::new();
+                self.send(owner, Message::Data { page, write: true, acks, done: false, migratory: false, data }, memory, out);
             } else {
+                if self.access[page as usize] != Access::Invalid {
+                    return Err(ProtocolError { from, what: "Dropped while home has a copy", page });
+                }
                 memory.install(page, &data, true);
                 self.access[page as usize] = Access::Exclusive;
             }

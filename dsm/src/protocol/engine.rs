@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::directory::Directory;
+use super::directory::{Directory, Request};
 use super::fence::Fence;
 use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
+use super::node_set::NodeSet;
 use super::tables::Tables;
 use super::{Bug, pte};
 
@@ -43,8 +44,8 @@ impl Access {
 pub(super) struct Pending<const W: usize> {
     pub write: bool,
     pub answer: Option<Answer<W>>,
-    pub acks_due: u8,
-    pub acks: u8,
+    /// With the answer: whose acknowledgements are still due. Before: whose came ahead of it.
+    pub acks: NodeSet,
 }
 
 /// How home (or the owner) answered.
@@ -68,6 +69,8 @@ pub enum Input<const W: usize> {
     Send { to: NodeId, bytes: Vec<u8> },
     /// CR3 of the vCPUs that run here, as pages.
     Roots(Vec<u32>),
+    /// This node is lost: nothing of it comes any more.
+    Lost(NodeId),
 }
 
 /// What the node has to do now: messages to send, in order, and messages for the machine.
@@ -79,6 +82,10 @@ pub struct Output<const W: usize> {
     pub deliver: Vec<(NodeId, Vec<u8>)>,
     /// Pages whose requests are complete.
     pub completed: Vec<u32>,
+    /// Pages that were asked for and will not come: the newest copy, or the home, was lost with a node.
+    pub failed: Vec<u32>,
+    /// Nodes this node knows from now on to be lost: by [`Input::Lost`], or told by another.
+    pub lost: Vec<NodeId>,
     /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
     pub want_roots: bool,
 }
@@ -118,6 +125,8 @@ pub struct Counters {
     pub pages_out: u64,
     /// Copies dropped for another node's write.
     pub invalidations: u64,
+    /// Requests that ended without the page, since a node was lost.
+    pub failures: u64,
     /// Pages that became replicated tables while this node owned them.
     pub promotions: u64,
     /// Replicas this node asked to take back because they are tables no longer.
@@ -147,8 +156,10 @@ pub struct Engine<const W: usize> {
     /// unchanged was only read.
     pub(super) given: BTreeMap<u32, u64>,
     /// Times each page was taken away from here: saturating.
-    pub(super) lost: Vec<u8>,
+    pub(super) taken: Vec<u8>,
     pub(super) loopback: VecDeque<Message<W>>,
+    /// Nodes that are lost: nothing is sent to them, taken from them or awaited from them.
+    pub(super) gone: NodeSet,
     pub(super) counters: Counters,
     #[serde(skip)]
     pub(super) bug: Option<Bug>,
@@ -180,8 +191,9 @@ impl<const W: usize> Engine<W> {
             tables: Tables::new(image),
             fence: Fence::default(),
             given: BTreeMap::new(),
-            lost: vec![0; pages],
+            taken: vec![0; pages],
             loopback: VecDeque::new(),
+            gone: NodeSet::new(),
             counters: Counters::default(),
             bug: None,
             zero_group: 1,
@@ -205,7 +217,7 @@ impl<const W: usize> Engine<W> {
     #[cfg(test)]
     pub(super) fn forget_history(&mut self) {
         self.counters = Counters::default();
-        self.lost.fill(0);
+        self.taken.fill(0);
         self.fence.forget_history();
     }
 
@@ -239,6 +251,11 @@ impl<const W: usize> Engine<W> {
         self.tables.len()
     }
 
+    /// Bytes this node's directory takes, for the pages whose home it is.
+    pub fn directory_bytes(&self) -> usize {
+        self.directory.bytes()
+    }
+
     /// The machine's pages.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
@@ -262,7 +279,9 @@ impl<const W: usize> Engine<W> {
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
-            Input::Message { from, message } => self.receive(from, message, memory, out)?,
+            Input::Message { from, message } if !self.gone.contains(from) => self.receive(from, message, memory, out)?,
+            Input::Message { .. } => {}
+            Input::Lost(node) => self.lose(node, memory, out)?,
         }
         while let Some(message) = self.loopback.pop_front() {
             self.receive(self.me, message, memory, out)?;
@@ -301,15 +320,26 @@ impl<const W: usize> Engine<W> {
         if self.take_untouched(page, memory) {
             return out.completed.push(page);
         }
-        self.pending.insert(page, Pending { write, answer: None, acks_due: 0, acks: 0 });
-        let table = self.replicate && self.tables.level(page).is_some();
-        self.send(self.geometry.home(page), Message::Get { page, write, table }, memory, out);
+        let home = self.geometry.home(page);
+        if self.gone.contains(home) {
+            return self.fail(page, out);
+        }
+        self.pending.insert(page, Pending { write, answer: None, acks: NodeSet::new() });
+        let table = self.wanted_as_table(page);
+        self.send(home, Message::Get { page, write, table }, memory, out);
+    }
+
+    pub(super) fn wanted_as_table(&self, page: u32) -> bool {
+        self.replicate && self.tables.level(page).is_some()
     }
 
     /// Sends, or keeps until the merges that must be in place before it are. To ourselves: at once.
     pub(super) fn send(&mut self, to: NodeId, message: Message<W>, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         if to == self.me {
             return self.loopback.push_back(message);
+        }
+        if self.gone.contains(to) {
+            return;
         }
         if message.releases() {
             self.flush(memory, out);
@@ -329,7 +359,7 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let bad = |what, page| Err(ProtocolError { from, what, page });
-        if let Some(page) = page_of(&message) {
+        if let Some(page) = message.page() {
             if page >= self.geometry.pages() {
                 return bad("a page that does not exist", page);
             }
@@ -350,6 +380,10 @@ impl<const W: usize> Engine<W> {
                 if !matches!(self.access[page as usize], Access::Shared | Access::Exclusive) {
                     return bad("Fetch", page);
                 }
+                if self.gone.contains(requester) {
+                    // Home will ask what became of the page once it knows.
+                    return Ok(());
+                }
                 let promoted = self.replicate && alone && self.promote(page, requester, table, memory, out);
                 if !promoted {
                     self.yield_page(page, requester, Yield { write, acks, done, migratory }, memory, out);
@@ -366,13 +400,16 @@ impl<const W: usize> Engine<W> {
                 {
                     return bad("Invalidate", page);
                 }
+                let kept = self.bug == Some(Bug::KeepWhileUpgrading) && self.pending.contains_key(&page);
                 if self.bug == Some(Bug::AckBeforeInvalidate) {
                     self.late_discard = Some(page);
-                } else {
+                } else if !kept {
                     memory.discard(page);
                 }
-                self.access[page as usize] = Access::Invalid;
-                self.note_lost(page, out);
+                if !kept {
+                    self.access[page as usize] = Access::Invalid;
+                }
+                self.note_taken(page, out);
                 self.counters.invalidations += 1;
                 self.send(requester, Message::InvalidateAck { page }, memory, out);
             }
@@ -388,8 +425,17 @@ impl<const W: usize> Engine<W> {
                 self.answer(from, page, acks, answer, memory, out)?;
             }
             Message::InvalidateAck { page } => {
-                let Some(pending) = self.pending.get_mut(&page) else { return bad("InvalidateAck", page) };
-                pending.acks = pending.acks.saturating_add(1);
+                match self.pending.get_mut(&page) {
+                    Some(pending) if pending.answer.is_some() => {
+                        if !pending.acks.remove(from) {
+                            return bad("InvalidateAck", page);
+                        }
+                    }
+                    Some(pending) if !pending.acks.contains(from) => pending.acks.insert(from),
+                    // Of a request that a loss has ended.
+                    None if !self.gone.is_empty() => return Ok(()),
+                    _ => return bad("InvalidateAck", page),
+                }
                 self.complete(from, page, memory, out)?;
             }
             Message::Replica { page, level, data } => {
@@ -428,7 +474,7 @@ impl<const W: usize> Engine<W> {
                 memory.discard(page);
                 self.access[page as usize] = Access::Invalid;
                 self.tables.remove(&self.geometry, page);
-                self.note_lost(page, out);
+                self.note_taken(page, out);
                 self.send(from, Message::Dropped { page, changes }, memory, out);
                 self.fence_demoted(page, out);
             }
@@ -439,6 +485,31 @@ impl<const W: usize> Engine<W> {
                 self.take_back(page, &changes, memory);
                 self.fence_demoted(page, out);
             }
+            Message::NodeLost { node } => {
+                if node == self.me || usize::from(node) >= self.geometry.nodes() {
+                    return bad("a NodeLost", 0);
+                }
+                self.lose(node, memory, out)?;
+            }
+            Message::Retry { page, lost, write, table } => {
+                self.home_retry(page, lost, Request { from, write, table }, memory, out)?;
+            }
+            Message::Gone { page } => {
+                let ends = self.pending.get(&page).is_some_and(|pending| pending.answer.is_none());
+                if !ends || from != self.geometry.home(page) || self.gone.is_empty() {
+                    return bad("Gone", page);
+                }
+                self.pending.remove(&page);
+                self.fail(page, out);
+            }
+            Message::Recall { page, requester } => {
+                if from != self.geometry.home(page) {
+                    return bad("Recall", page);
+                }
+                let copy = self.access[page as usize] != Access::Invalid;
+                self.send(from, Message::Kept { page, requester, copy }, memory, out);
+            }
+            Message::Kept { page, requester, copy } => self.home_kept(from, page, requester, copy, memory, out)?,
         }
         Ok(())
     }
@@ -455,19 +526,20 @@ impl<const W: usize> Engine<W> {
         if self.bug == Some(Bug::MergeBeforeFreeze) {
             self.flush(memory, out);
         }
+        let early = (self.bug == Some(Bug::SendBeforeFreeze)).then(|| memory.read(page));
         // Frozen first, so that no table change can be published through this page after the merge.
         if self.access[page as usize] == Access::Exclusive {
             memory.protect(page);
             self.access[page as usize] = Access::Shared;
         }
-        let data = memory.read(page);
+        let data = early.unwrap_or_else(|| memory.read(page));
         let Yield { acks, done, migratory, .. } = how;
         let only_read = self.given.remove(&page).is_some_and(|hash| hash == hash_of(&data));
         let write = how.write || (migratory && !only_read);
         if write {
             memory.discard(page);
             self.access[page as usize] = Access::Invalid;
-            self.note_lost(page, out);
+            self.note_taken(page, out);
         }
         self.counters.pages_out += 1;
         let message = Message::Data { page, write, acks, done, migratory, data };
@@ -477,41 +549,51 @@ impl<const W: usize> Engine<W> {
         self.send(requester, message, memory, out);
     }
 
-    fn note_lost(&mut self, page: u32, out: &mut Output<W>) {
+    fn note_taken(&mut self, page: u32, out: &mut Output<W>) {
         self.given.remove(&page);
-        let lost = &mut self.lost[page as usize];
-        *lost = lost.saturating_add(1);
-        out.want_roots |= self.replicate && *lost >= 2;
+        let taken = &mut self.taken[page as usize];
+        *taken = taken.saturating_add(1);
+        out.want_roots |= self.replicate && *taken >= 2;
     }
 
     fn answer(
         &mut self,
         from: NodeId,
         page: u32,
-        acks: u8,
+        mut acks: NodeSet,
         answer: Answer<W>,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
+        let bad = |what| Err(ProtocolError { from, what, page });
         match self.pending.get_mut(&page) {
             Some(pending) if pending.answer.is_none() => {
-                pending.answer = Some(answer);
-                pending.acks_due = acks;
+                for early in pending.acks.iter() {
+                    if !acks.remove(early) {
+                        return bad("an acknowledgement nobody is to send");
+                    }
+                }
+                if !acks.is_empty() && self.bug != Some(Bug::AwaitLostSharer) {
+                    acks.remove_all(&self.gone);
+                }
+                (pending.answer, pending.acks) = (Some(answer), acks);
             }
-            _ => return Err(ProtocolError { from, what: "an answer nobody asked for", page }),
+            // To a request that a loss has ended.
+            None if !self.gone.is_empty() => return Ok(()),
+            _ => return bad("an answer nobody asked for"),
         }
         self.complete(from, page, memory, out)
     }
 
     /// Completes a request once its answer and all acknowledgements are here.
-    fn complete(
+    pub(super) fn complete(
         &mut self,
         from: NodeId,
         page: u32,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
-        let ready = self.pending.get(&page).is_some_and(|p| p.answer.is_some() && p.acks >= p.acks_due);
+        let ready = self.pending.get(&page).is_some_and(|p| p.answer.is_some() && p.acks.is_empty());
         if !ready {
             return Ok(());
         }
@@ -565,7 +647,7 @@ impl<const W: usize> Engine<W> {
 /// How a page is to be given away; see [`Message::Fetch`].
 struct Yield {
     write: bool,
-    acks: u8,
+    acks: NodeSet,
     done: bool,
     migratory: bool,
 }
@@ -573,14 +655,4 @@ struct Yield {
 /// FNV-1a over words. Two contents that hash alike cost a needless transfer, nothing else.
 fn hash_of<const W: usize>(data: &PageData<W>) -> u64 {
     data.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(29))
-}
-
-fn page_of<const W: usize>(message: &Message<W>) -> Option<u32> {
-    use Message::*;
-    match *message {
-        Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
-        InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
-        Drop { page } | Dropped { page, .. } | Demoted { page, .. } => Some(page),
-        Merge { .. } | Merged { .. } | Machine(_) => None,
-    }
 }

@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::engine::{Engine, Output};
+use super::geometry::Geometry;
 use super::message::{Message, NodeId};
+use super::node_set::NodeSet;
 
 /// A merge passed on for another node: who waits for it, and for whom it waits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Relay {
     origin: NodeId,
     origin_id: u32,
-    due: u64,
+    due: NodeSet,
 }
 
 /// Outstanding merges and demotions of this node, and the messages behind them. While anything is
@@ -21,7 +23,7 @@ struct Relay {
 pub(super) struct Fence<const W: usize> {
     next: u32,
     /// Our own merges: id to the set of nodes that have not confirmed it.
-    merges: BTreeMap<u32, u64>,
+    merges: BTreeMap<u32, NodeSet>,
     relays: BTreeMap<u32, Relay>,
     demoting: BTreeSet<u32>,
     held: VecDeque<(NodeId, Message<W>)>,
@@ -49,14 +51,26 @@ impl<const W: usize> Fence<W> {
         self.next
     }
 
-    pub(super) fn await_merge(&mut self, id: u32, nodes: u64) {
-        if nodes != 0 {
-            *self.merges.entry(id).or_default() |= nodes;
+    pub(super) fn await_merge(&mut self, id: u32, nodes: NodeSet) {
+        if !nodes.is_empty() {
+            self.merges.insert(id, nodes);
         }
     }
 
-    pub(super) fn await_relay(&mut self, id: u32, origin: NodeId, origin_id: u32, nodes: u64) {
+    pub(super) fn await_relay(&mut self, id: u32, origin: NodeId, origin_id: u32, nodes: NodeSet) {
         self.relays.insert(id, Relay { origin, origin_id, due: nodes });
+    }
+
+    /// Whether all of this is about nodes and pages of the machine.
+    pub(super) fn fits(&self, me: NodeId, geometry: &Geometry) -> bool {
+        let nodes = geometry.nodes();
+        let other = |node: NodeId| usize::from(node) < nodes && node != me;
+        let due_fits = |due: &NodeSet| !due.is_empty() && due.fits(nodes) && !due.contains(me);
+        self.merges.values().all(due_fits)
+            && self.relays.values().all(|relay| other(relay.origin) && due_fits(&relay.due))
+            && self.demoting.iter().all(|page| *page < geometry.pages())
+            && self.held.iter().all(|(to, message)| other(*to) && message.page().is_none_or(|page| page < geometry.pages()))
+            && (self.held.is_empty() || !self.is_open())
     }
 
     pub(super) fn await_demotion(&mut self, page: u32) {
@@ -67,20 +81,38 @@ impl<const W: usize> Fence<W> {
 impl<const W: usize> Engine<W> {
     /// Node `from` has merge `id` in place.
     pub(super) fn fence_merged(&mut self, from: NodeId, id: u32, out: &mut Output<W>) {
-        let bit = 1 << from;
         if let Some(due) = self.fence.merges.get_mut(&id) {
-            *due &= !bit;
-            if *due == 0 {
+            due.remove(from);
+            if due.is_empty() {
                 self.fence.merges.remove(&id);
                 self.release_held(out);
             }
         } else if let Some(relay) = self.fence.relays.get_mut(&id) {
-            relay.due &= !bit;
-            if relay.due == 0 {
+            relay.due.remove(from);
+            if relay.due.is_empty() {
                 let relay = self.fence.relays.remove(&id).expect("just seen");
                 out.sends.push((relay.origin, Message::Merged { id: relay.origin_id }));
             }
         }
+    }
+
+    /// Nothing is waited for from `node` any more, nor kept for it.
+    pub(super) fn fence_lost(&mut self, node: NodeId, out: &mut Output<W>) {
+        let geometry = &self.geometry;
+        self.fence.merges.retain(|_, due| {
+            due.remove(node);
+            !due.is_empty()
+        });
+        self.fence.relays.retain(|_, relay| {
+            relay.due.remove(node);
+            if relay.due.is_empty() && relay.origin != node {
+                out.sends.push((relay.origin, Message::Merged { id: relay.origin_id }));
+            }
+            !relay.due.is_empty() && relay.origin != node
+        });
+        self.fence.demoting.retain(|page| geometry.home(*page) != node);
+        self.fence.held.retain(|(to, _)| *to != node);
+        self.release_held(out);
     }
 
     /// The demotion of `page` this node waited for is over.

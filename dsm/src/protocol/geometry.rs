@@ -1,6 +1,8 @@
 //! Which pages there are and whose home they have.
 
-use super::message::NodeId;
+use std::ops::Range;
+
+use super::message::{MAX_NODES, NodeId};
 
 /// The machine's RAM as pages: guest-physical ranges, numbered densely, and the home of each page.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -16,7 +18,8 @@ impl Geometry {
     /// home is each node, in page order.
     ///
     /// # Panics
-    /// If the two don't add up to the same number of pages: both come from one placement.
+    /// If the two don't add up to the same number of pages, or there are more than [`MAX_NODES`] shares:
+    /// both come from one placement.
     pub fn new(ranges: &[(u64, u32)], shares: &[u32]) -> Self {
         let mut next = 0;
         let ranges = ranges
@@ -31,6 +34,7 @@ impl Geometry {
         for share in shares {
             homes.push(homes[homes.len() - 1] + share);
         }
+        assert!(shares.len() <= MAX_NODES, "more nodes than a machine can have");
         assert_eq!(homes.last(), Some(&next), "homes don't cover the RAM");
         Geometry { ranges, homes }
     }
@@ -58,6 +62,11 @@ impl Geometry {
             .map(|&(first, _, index)| index + (frame - first) as u32)
     }
 
+    /// The pages whose home is `node`, which exists.
+    pub fn homed(&self, node: NodeId) -> Range<u32> {
+        self.homes[usize::from(node)]..self.homes[usize::from(node) + 1]
+    }
+
     /// The page frame number of a page that exists.
     pub fn frame_of_page(&self, page: u32) -> Option<u64> {
         self.ranges
@@ -81,5 +90,10 @@ mod tests {
         assert_eq!(g.page_of_frame(0x101), Some(9));
         assert_eq!(g.frame_of_page(9), Some(0x101));
         assert_eq!(g.frame_of_page(16), None);
+        let g = Geometry::new(&[(0, 8)], &[0, 4, 0, 4, 0]);
+        for node in 0..5 {
+            assert!(g.homed(node).all(|page| g.home(page) == node));
+        }
+        assert_eq!(g.homed(3), 4..8);
     }
 }

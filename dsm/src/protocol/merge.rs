@@ -6,6 +6,7 @@ use super::Bug;
 use super::engine::{Access, Engine, Output};
 use super::memory::Memory;
 use super::message::{Change, MAX_CHANGES, Message, NodeId};
+use super::node_set::NodeSet;
 use super::pte;
 
 /// A merge that nobody waits for: with two nodes, the order of messages between them is enough.
@@ -112,7 +113,7 @@ impl<const W: usize> Engine<W> {
                     self.merge_at_home(self.me, id, part, memory, out)
                 } else {
                     out.sends.push((home, Message::Merge { id, changes: part.to_vec() }));
-                    if id == UNCONFIRMED { 0 } else { 1 << home }
+                    if id == UNCONFIRMED { NodeSet::new() } else { NodeSet::of(home) }
                 };
                 self.fence.await_merge(id, due);
             }
@@ -144,7 +145,7 @@ impl<const W: usize> Engine<W> {
         for change in &held {
             self.apply(change, memory);
         }
-        let mut due = 0;
+        let mut due = NodeSet::new();
         let mut relay = UNCONFIRMED;
         if !mine.is_empty() {
             relay = self.merge_id();
@@ -153,7 +154,7 @@ impl<const W: usize> Engine<W> {
         if id == UNCONFIRMED {
             return;
         }
-        if due == 0 {
+        if due.is_empty() {
             out.sends.push((from, Message::Merged { id }));
         } else {
             self.fence.await_relay(relay, from, id, due);
@@ -168,7 +169,7 @@ impl<const W: usize> Engine<W> {
         changes: &[Change],
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
-    ) -> u64 {
+    ) -> NodeSet {
         let mut to: BTreeMap<NodeId, Vec<Change>> = BTreeMap::new();
         let mut conflicting = Vec::new();
         for change in changes {
@@ -177,13 +178,11 @@ impl<const W: usize> Engine<W> {
                 self.counters.conflicts += 1;
                 conflicting.push(change.page);
             }
-            for node in 0..self.geometry.nodes() as NodeId {
-                if node != from && holders >> node & 1 != 0 {
-                    to.entry(node).or_default().push(*change);
-                }
+            for node in holders.iter().filter(|&node| node != from) {
+                to.entry(node).or_default().push(*change);
             }
         }
-        let mut due = 0;
+        let mut due = NodeSet::new();
         for (node, changes) in to {
             if node == self.me {
                 for change in &changes {
@@ -191,14 +190,14 @@ impl<const W: usize> Engine<W> {
                 }
             } else {
                 out.sends.push((node, Message::Merge { id, changes }));
-                due |= 1 << node;
+                due.insert(node);
             }
         }
         conflicting.dedup();
         for page in conflicting {
             self.home_take_back(page, None, memory, out);
         }
-        if id == UNCONFIRMED { 0 } else { due }
+        if id == UNCONFIRMED { NodeSet::new() } else { due }
     }
 
     /// As holder: puts another node's change in place.

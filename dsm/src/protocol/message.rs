@@ -5,12 +5,13 @@
 //! and the message's place in the protocol by the engine.
 
 use super::memory::{PageData, words};
+use super::node_set::NodeSet;
 
 /// A node's number: its place in the hosts file.
-pub type NodeId = u8;
+pub type NodeId = u16;
 
-/// Most nodes one machine can have: sets of nodes are 64-bit masks.
-pub const MAX_NODES: usize = 64;
+/// Most nodes one machine can have.
+pub const MAX_NODES: usize = 1024;
 
 /// A changed word of a replicated page-table page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -31,15 +32,15 @@ pub struct Change {
 pub enum Message<const W: usize> {
     /// Requester to home: I need this page. `table`: I reach it as a page table.
     Get { page: u32, write: bool, table: bool },
-    /// Home to owner: send your copy to `requester`; `acks` sharers will acknowledge to it. `alone`:
+    /// Home to owner: send your copy to `requester`; the sharers `acks` will acknowledge to it. `alone`:
     /// there are no sharers, so a table may be promoted. `done`: home waits for the requester's Done.
     /// `migratory`: the requester only reads, but the page's readers have been its next writers.
-    Fetch { page: u32, requester: NodeId, write: bool, acks: u8, alone: bool, table: bool, done: bool, migratory: bool },
+    Fetch { page: u32, requester: NodeId, write: bool, acks: NodeSet, alone: bool, table: bool, done: bool, migratory: bool },
     /// Owner to requester: the page. `migratory`: as in the Fetch; without `write` then, the owner had
     /// not written it after all and keeps a copy.
-    Data { page: u32, write: bool, acks: u8, done: bool, migratory: bool, #[serde(with = "words")] data: Box<PageData<W>> },
+    Data { page: u32, write: bool, acks: NodeSet, done: bool, migratory: bool, #[serde(with = "words")] data: Box<PageData<W>> },
     /// Home to requester: no data needed. `zero`: nobody wrote this page yet; else: your copy is valid.
-    Grant { page: u32, zero: bool, acks: u8, done: bool },
+    Grant { page: u32, zero: bool, acks: NodeSet, done: bool },
     /// Home to sharer: drop your copy and tell `requester`.
     Invalidate { page: u32, requester: NodeId },
     /// Sharer to requester: dropped.
@@ -62,6 +63,17 @@ pub enum Message<const W: usize> {
     Dropped { page: u32, changes: Vec<Change> },
     /// Home to the new owner: you alone have it; the last words changed elsewhere.
     Demoted { page: u32, changes: Vec<Change> },
+    /// To everybody, before anything else: `node` is lost.
+    NodeLost { node: NodeId },
+    /// Requester to home: `lost` will not answer my request; if it was to, serve it again. The rest as in
+    /// the Get.
+    Retry { page: u32, lost: NodeId, write: bool, table: bool },
+    /// Home to requester: the newest copy was lost with its node.
+    Gone { page: u32 },
+    /// Home to owner: `requester`, to whom you were to send the page, is lost. Do you have it still?
+    Recall { page: u32, requester: NodeId },
+    /// Owner to home: whether it has the page still.
+    Kept { page: u32, requester: NodeId, copy: bool },
     /// Not ours: an interrupt, I/O, anything the machine sends. Ordered with, and released like, data.
     Machine(Vec<u8>),
 }
@@ -89,22 +101,25 @@ impl<const W: usize> Message<W> {
             }
             Fetch { page, requester, write, acks, alone, table, done, migratory } => {
                 head(out, 2, *page);
-                out.extend([*requester, *acks]);
+                out.extend(requester.to_le_bytes());
+                put_nodes(out, acks);
                 let flags = [*write, *table, *alone, *done, *migratory];
                 out.push(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
             }
             Data { page, write, acks, done, migratory, data } => {
                 head(out, 3, *page);
-                out.extend([*acks, u8::from(*write) | u8::from(*done) << 3 | u8::from(*migratory) << 4]);
+                put_nodes(out, acks);
+                out.push(u8::from(*write) | u8::from(*done) << 3 | u8::from(*migratory) << 4);
                 put_words(out, data);
             }
             Grant { page, zero, acks, done } => {
                 head(out, 4, *page);
-                out.extend([*acks, u8::from(*zero) | u8::from(*done) << 3]);
+                put_nodes(out, acks);
+                out.push(u8::from(*zero) | u8::from(*done) << 3);
             }
             Invalidate { page, requester } => {
                 head(out, 5, *page);
-                out.push(*requester);
+                out.extend(requester.to_le_bytes());
             }
             InvalidateAck { page } => head(out, 6, *page),
             Done { page, shared } => {
@@ -113,7 +128,8 @@ impl<const W: usize> Message<W> {
             }
             Promote { page, requester, level, data } => {
                 head(out, 8, *page);
-                out.extend([*requester, *level]);
+                out.extend(requester.to_le_bytes());
+                out.push(*level);
                 put_words(out, data);
             }
             Replica { page, level, data } => {
@@ -136,6 +152,25 @@ impl<const W: usize> Message<W> {
                 head(out, 15, *page);
                 put_changes(out, changes);
             }
+            NodeLost { node } => {
+                out.push(17);
+                out.extend(node.to_le_bytes());
+            }
+            Retry { page, lost, write, table } => {
+                head(out, 18, *page);
+                out.extend(lost.to_le_bytes());
+                out.push(u8::from(*write) | u8::from(*table) << 1);
+            }
+            Gone { page } => head(out, 19, *page),
+            Recall { page, requester } => {
+                head(out, 20, *page);
+                out.extend(requester.to_le_bytes());
+            }
+            Kept { page, requester, copy } => {
+                head(out, 21, *page);
+                out.extend(requester.to_le_bytes());
+                out.push(u8::from(*copy));
+            }
             Machine(bytes) => {
                 out.push(16);
                 out.extend(bytes);
@@ -154,6 +189,10 @@ impl<const W: usize> Message<W> {
         if tag == 16 {
             return Ok(Machine(r.0.to_vec()));
         }
+        if tag == 17 {
+            let node = r.u16()?;
+            return if r.0.is_empty() { Ok(NodeLost { node }) } else { Err(Malformed) };
+        }
         let page = r.u32()?;
         let flag = |f: u8, bit: u8| f >> bit & 1 != 0;
         let message = match tag {
@@ -162,7 +201,7 @@ impl<const W: usize> Message<W> {
                 Get { page, write: flag(f, 0), table: flag(f, 1) }
             }
             2 => {
-                let (requester, acks, f) = (r.u8()?, r.u8()?, r.u8()?);
+                let (requester, acks, f) = (r.u16()?, r.nodes()?, r.u8()?);
                 Fetch {
                     page,
                     requester,
@@ -175,17 +214,17 @@ impl<const W: usize> Message<W> {
                 }
             }
             3 => {
-                let (acks, f) = (r.u8()?, r.u8()?);
+                let (acks, f) = (r.nodes()?, r.u8()?);
                 Data { page, acks, write: flag(f, 0), done: flag(f, 3), migratory: flag(f, 4), data: r.words()? }
             }
             4 => {
-                let (acks, f) = (r.u8()?, r.u8()?);
+                let (acks, f) = (r.nodes()?, r.u8()?);
                 Grant { page, acks, zero: flag(f, 0), done: flag(f, 3) }
             }
-            5 => Invalidate { page, requester: r.u8()? },
+            5 => Invalidate { page, requester: r.u16()? },
             6 => InvalidateAck { page },
             7 => Done { page, shared: flag(r.u8()?, 0) },
-            8 => Promote { page, requester: r.u8()?, level: r.u8()?, data: r.words()? },
+            8 => Promote { page, requester: r.u16()?, level: r.u8()?, data: r.words()? },
             9 => Replica { page, level: r.u8()?, data: r.words()? },
             10 => Merge { id: page, changes: r.changes()? },
             11 => Merged { id: page },
@@ -193,6 +232,13 @@ impl<const W: usize> Message<W> {
             13 => Drop { page },
             14 => Dropped { page, changes: r.changes()? },
             15 => Demoted { page, changes: r.changes()? },
+            18 => {
+                let (lost, f) = (r.u16()?, r.u8()?);
+                Retry { page, lost, write: flag(f, 0), table: flag(f, 1) }
+            }
+            19 => Gone { page },
+            20 => Recall { page, requester: r.u16()? },
+            21 => Kept { page, requester: r.u16()?, copy: flag(r.u8()?, 0) },
             _ => return Err(Malformed),
         };
         if r.0.is_empty() { Ok(message) } else { Err(Malformed) }
@@ -210,8 +256,28 @@ impl<const W: usize> Message<W> {
         use Message::*;
         !matches!(
             self,
-            Data { .. } | Grant { .. } | Fetch { .. } | Invalidate { .. } | InvalidateAck { .. } | Done { .. } | Machine(_)
+            Data { .. }
+                | Grant { .. }
+                | Fetch { .. }
+                | Invalidate { .. }
+                | InvalidateAck { .. }
+                | Done { .. }
+                | Gone { .. }
+                | Recall { .. }
+                | Machine(_)
         )
+    }
+
+    /// The page it is about, if it is about one.
+    pub(super) fn page(&self) -> Option<u32> {
+        use Message::*;
+        match *self {
+            Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
+            InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
+            Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
+            Recall { page, .. } | Kept { page, .. } => Some(page),
+            Merge { .. } | Merged { .. } | NodeLost { .. } | Machine(_) => None,
+        }
     }
 }
 
@@ -222,6 +288,11 @@ fn put_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
     if !zero {
         out.extend(words.iter().flat_map(|w| w.to_le_bytes()));
     }
+}
+
+fn put_nodes(out: &mut Vec<u8>, nodes: &NodeSet) {
+    out.extend((nodes.len() as u16).to_le_bytes());
+    out.extend(nodes.iter().flat_map(NodeId::to_le_bytes));
 }
 
 fn put_changes(out: &mut Vec<u8>, changes: &[Change]) {
@@ -245,6 +316,24 @@ impl Reader<'_> {
 
     fn u8(&mut self) -> Result<u8, Malformed> {
         Ok(self.take::<1>()?[0])
+    }
+
+    fn u16(&mut self) -> Result<u16, Malformed> {
+        Ok(u16::from_le_bytes(self.take()?))
+    }
+
+    /// Ascending, as they were written: every set has one form.
+    fn nodes(&mut self) -> Result<NodeSet, Malformed> {
+        let (mut nodes, mut next) = (NodeSet::new(), 0);
+        for _ in 0..self.u16()? {
+            let node = self.u16()?;
+            if node < next || usize::from(node) >= MAX_NODES {
+                return Err(Malformed);
+            }
+            nodes.insert(node);
+            next = node + 1;
+        }
+        Ok(nodes)
     }
 
     fn u32(&mut self) -> Result<u32, Malformed> {
@@ -276,7 +365,7 @@ impl Reader<'_> {
             .map(|_| {
                 Ok(Change {
                     page: self.u32()?,
-                    word: u16::from_le_bytes(self.take()?),
+                    word: self.u16()?,
                     old: u64::from_le_bytes(self.take()?),
                     new: u64::from_le_bytes(self.take()?),
                 })
@@ -294,11 +383,11 @@ mod tests {
         let change = Change { page: 9, word: 1, old: 3, new: u64::MAX };
         vec![
             Get { page: 7, write: true, table: false },
-            Fetch { page: 7, requester: 3, write: false, acks: 2, alone: true, table: true, done: false, migratory: true },
-            Data { page: 1, write: true, acks: 4, done: true, migratory: false, data: Box::new([5, 6]) },
-            Data { page: 1, write: false, acks: 0, done: true, migratory: true, data: Box::new([0, 0]) },
-            Grant { page: 1, zero: true, acks: 0, done: false },
-            Invalidate { page: 2, requester: 63 },
+            Fetch { page: 7, requester: 300, write: false, acks: (1..9).collect(), alone: true, table: true, done: false, migratory: true },
+            Data { page: 1, write: true, acks: [4, 1023].into_iter().collect(), done: true, migratory: false, data: Box::new([5, 6]) },
+            Data { page: 1, write: false, acks: NodeSet::new(), done: true, migratory: true, data: Box::new([0, 0]) },
+            Grant { page: 1, zero: true, acks: NodeSet::new(), done: false },
+            Invalidate { page: 2, requester: 1023 },
             InvalidateAck { page: 2 },
             Done { page: u32::MAX, shared: true },
             Promote { page: 3, requester: 1, level: 4, data: Box::new([0, 1]) },
@@ -309,6 +398,11 @@ mod tests {
             Drop { page: 4 },
             Dropped { page: 4, changes: vec![] },
             Demoted { page: 4, changes: vec![change] },
+            NodeLost { node: 515 },
+            Retry { page: 4, lost: 2, write: true, table: true },
+            Gone { page: 4 },
+            Recall { page: 4, requester: 999 },
+            Kept { page: 4, requester: 999, copy: true },
             Machine(b"anything".to_vec()),
         ]
     }
@@ -326,6 +420,22 @@ mod tests {
                 bytes.push(0);
                 assert_eq!(Message::<2>::decode(&bytes), Err(Malformed));
             }
+        }
+    }
+
+    #[test]
+    fn a_set_of_nodes_has_one_form_and_names_no_node_beyond_the_largest_machine() {
+        let grant = |nodes: &[u16]| {
+            let mut bytes = vec![4, 0, 0, 0, 0];
+            bytes.extend((nodes.len() as u16).to_le_bytes());
+            bytes.extend(nodes.iter().flat_map(|n| n.to_le_bytes()));
+            bytes.push(0);
+            Message::<2>::decode(&bytes)
+        };
+        let acks = [2, 1023].into_iter().collect();
+        assert_eq!(grant(&[2, 1023]), Ok(Message::Grant { page: 0, zero: false, acks, done: false }));
+        for bad in [&[2, 2][..], &[3, 2], &[1024], &[u16::MAX]] {
+            assert_eq!(grant(bad), Err(Malformed), "{bad:?}");
         }
     }
 

@@ -13,11 +13,14 @@ mod directory;
 mod engine;
 mod fence;
 mod geometry;
+mod loss;
 mod memory;
 mod merge;
 mod message;
 #[cfg(test)]
 mod model;
+mod node_set;
+mod place;
 pub mod pte;
 mod state;
 mod tables;
@@ -25,8 +28,9 @@ mod tables;
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
-pub use state::{EngineState, StateError};
 pub use message::{Change, MAX_NODES, Malformed, Message, NodeId};
+pub use node_set::NodeSet;
+pub use state::{EngineState, StateError};
 
 /// Protocol bugs that can be planted, to show that the model check and the litmus tests find them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -37,4 +41,12 @@ pub enum Bug {
     MergeBeforeFreeze,
     /// A replica is kept although it is a page table no longer.
     NoReachability,
+    /// An owner reads the page it sends before it is frozen, not after.
+    SendBeforeFreeze,
+    /// Home serves the next request without waiting for the Done of the one before.
+    DoneNotAwaited,
+    /// A sharer that waits to write acknowledges an invalidation and keeps its copy.
+    KeepWhileUpgrading,
+    /// The acknowledgement of a sharer that is lost is waited for.
+    AwaitLostSharer,
 }

@@ -6,7 +6,7 @@ use super::engine::Engine;
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -47,8 +47,12 @@ impl<const W: usize> Engine<W> {
         let fits = engine.geometry == *geometry
             && usize::from(engine.me) < geometry.nodes()
             && engine.access.len() == pages
-            && engine.lost.len() == pages
+            && engine.taken.len() == pages
             && engine.zero_group > 0
+            && engine.gone.fits(geometry.nodes())
+            && !engine.gone.contains(engine.me)
+            && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
+            && engine.fence.fits(engine.me, geometry)
             && engine.pending.keys().chain(engine.given.keys()).all(|page| (*page as usize) < pages)
             && engine.directory.fits(engine.me, geometry)
             && engine.tables.fits(geometry);
@@ -107,11 +111,11 @@ mod tests {
         let state = engine(&geometry).save();
         let other = Geometry::new(&[(0, 8)], &[5, 3]);
         assert_eq!(Engine::restore(state.clone(), &other), Err(StateError::Shape));
-        let newer = EngineState { version: 2, ..state.clone() };
-        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(2)));
+        let newer = EngineState { version: 3, ..state.clone() };
+        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(3)));
         let text = serde_json::to_string(&state).unwrap();
         for (from, to) in [
-            (r#""lost":["#, r#""lost":[0,"#),
+            (r#""taken":["#, r#""taken":[0,"#),
             (r#""me":0"#, r#""me":1"#),
             (r#""me":0"#, r#""me":9"#),
             (r#""pending":{"5""#, r#""pending":{"500""#),

@@ -1,6 +1,7 @@
 //! Exhaustive search over every order of messages, guest operations, and guest operations in the
 //! middle of an engine's step, on the very code that ships.
 
+mod losses;
 mod scenarios;
 mod world;
 
@@ -94,6 +95,8 @@ fn story(start: World, steps: &[Option<Step>], mut number: usize) -> String {
     for (action, intrusion) in path.into_iter().rev() {
         lines.push(match action {
             Action::Deliver(f, t) => format!("  {f} to {t}: {:?} {intrusion:?}", world.channels[f][t].front()),
+            Action::Lose(node) => format!("  node {node} is lost"),
+            Action::Learn(node) => format!("  node {node} learns of it {intrusion:?}"),
             Action::Cpu(c) => format!("  CPU {c}: {:?} {intrusion:?}", world.cpus[c].program[world.cpus[c].at]),
         });
         world.act(action, intrusion);

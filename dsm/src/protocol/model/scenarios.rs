@@ -14,7 +14,7 @@ fn check(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Re
     report
 }
 
-fn holds(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
+pub(super) fn holds(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
     let report = check(name, world, intrusions, end);
     assert!(report.ends > 0 || report.failure.is_some(), "{name}: no end was reached");
     if let Some(failure) = report.failure {
@@ -22,7 +22,7 @@ fn holds(name: &str, world: World, intrusions: usize, end: impl Fn(&World) -> Re
     }
 }
 
-fn is_caught(name: &str, mut world: World, bug: Bug, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
+pub(super) fn is_caught(name: &str, mut world: World, bug: Bug, intrusions: usize, end: impl Fn(&World) -> Result<(), String>) {
     world.plant(bug);
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(name, world, intrusions, end)));
     match caught {
@@ -31,7 +31,7 @@ fn is_caught(name: &str, mut world: World, bug: Bug, intrusions: usize, end: imp
     }
 }
 
-fn require(ok: bool, what: impl Fn() -> String) -> Result<(), String> {
+pub(super) fn require(ok: bool, what: impl Fn() -> String) -> Result<(), String> {
     if ok { Ok(()) } else { Err(what()) }
 }
 
@@ -40,12 +40,12 @@ fn results(world: &World) -> Vec<Vec<u64>> {
 }
 
 /// Two data pages, homed at different nodes, nothing loaded.
-fn data(homes: &[u32], cpus: Vec<Cpu>) -> World {
-    World::new(homes, &[], 0..0, cpus)
+pub(super) fn data(homes: &[u32], cpus: Vec<Cpu>) -> World {
+    World::new(homes, &[], 0..0, cpus).only_data()
 }
 
-const X: u32 = 0;
-const Y: u32 = 1;
+pub(super) const X: u32 = 0;
+pub(super) const Y: u32 = 1;
 
 fn store_buffering() -> (World, impl Fn(&World) -> Result<(), String>) {
     let world = data(&[1, 1], vec![Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0)]), Cpu::new(1, &[Store(Y, 0, 1), Load(X, 0)])]);
@@ -136,13 +136,13 @@ fn an_early_acknowledgement_is_caught() {
 }
 
 // Page tables: a root of the kernel image, a table below it, one below that, and data pages.
-const ROOT: u32 = 0;
-const UPPER: u32 = 1;
-const TABLE: u32 = 2;
-const FLAG: u32 = 4;
+pub(super) const ROOT: u32 = 0;
+pub(super) const UPPER: u32 = 1;
+pub(super) const TABLE: u32 = 2;
+pub(super) const FLAG: u32 = 4;
 
 const LINK: u64 = pte::PRESENT | pte::WRITABLE | pte::ACCESSED | pte::DIRTY;
-const NEW: u64 = 9 << 12 | pte::PRESENT;
+pub(super) const NEW: u64 = 9 << 12 | pte::PRESENT;
 
 fn link(page: u32) -> u64 {
     u64::from(page) << 12 | LINK
@@ -153,7 +153,7 @@ fn words(first: u64) -> PageData<W> {
 }
 
 /// Path from the root to entry 1 of TABLE, which starts empty.
-const PATH: &[usize] = &[0, 0, 1];
+pub(super) const PATH: &[usize] = &[0, 0, 1];
 
 fn tables(homes: &[u32], cpus: Vec<Cpu>) -> World {
     let loaded = [(ROOT, words(link(UPPER))), (UPPER, words(link(TABLE))), (TABLE, [0; W])];
@@ -163,7 +163,7 @@ fn tables(homes: &[u32], cpus: Vec<Cpu>) -> World {
 }
 
 /// Replicates what a scenario needs first: every node walks the tables in turn, before the programs.
-fn warmed(homes: &[u32], programs: &[&[Op]]) -> World {
+pub(super) fn warmed(homes: &[u32], programs: &[&[Op]]) -> World {
     let cpus = programs
         .iter()
         .enumerate()

@@ -1,6 +1,6 @@
 //! The world the checker explores: engines, their memories, the channels between them, and guests.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 
 use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
@@ -42,17 +42,19 @@ pub struct Cpu {
     pub results: Vec<u64>,
     pub interrupts: u32,
     /// The page whose fault it waits for.
-    blocked: Option<u32>,
+    pub blocked: Option<u32>,
+    /// Its node was lost, or the page it waited for: it does nothing any more.
+    pub dead: bool,
 }
 
 impl Cpu {
     pub fn new(node: usize, program: &[Op]) -> Self {
         let program = program.to_vec();
-        Cpu { node, program, at: 0, walk: (0, 0), results: vec![], interrupts: 0, blocked: None }
+        Cpu { node, program, at: 0, walk: (0, 0), results: vec![], interrupts: 0, blocked: None, dead: false }
     }
 
     pub fn finished(&self) -> bool {
-        self.at == self.program.len()
+        self.dead || self.at == self.program.len()
     }
 }
 
@@ -80,6 +82,15 @@ pub struct World {
     /// `channels[from][to]`.
     pub channels: Vec<Vec<VecDeque<Message<W>>>>,
     pub cpus: Vec<Cpu>,
+    /// What the guest's stores, in their order, have led to; `None` if pages become replicated tables,
+    /// whose copies may differ.
+    latest: Option<Vec<PageData<W>>>,
+    /// Nodes that may be lost: one of them is, at some step.
+    mortal: Vec<usize>,
+    /// The node that is lost.
+    pub lost: Option<usize>,
+    /// (node, page): requests that failed.
+    pub failed: BTreeSet<(usize, u32)>,
 }
 
 /// While an engine takes a step, before its memory operation number `before`, CPU `cpu` of the same
@@ -94,6 +105,7 @@ pub struct Intrusion {
 /// The memory of one node during one step of its engine.
 struct View<'a> {
     pages: &'a mut Vec<Option<Mapped>>,
+    latest: &'a mut Option<Vec<PageData<W>>>,
     cpus: &'a mut Vec<Cpu>,
     operation: usize,
     intrusion: Option<Intrusion>,
@@ -104,7 +116,7 @@ impl View<'_> {
         if let Some(i) = self.intrusion.filter(|i| i.before == self.operation) {
             for _ in 0..i.operations {
                 let cpu = &mut self.cpus[i.cpu];
-                if cpu.blocked.is_some() || cpu.finished() || run(cpu, self.pages) != Tried::Progress {
+                if cpu.blocked.is_some() || cpu.finished() || run(cpu, self.pages, self.latest) != Tried::Progress {
                     break;
                 }
             }
@@ -181,18 +193,26 @@ fn touch(pages: &[Option<Mapped>], page: u32, write: bool) -> Result<PageData<W>
 }
 
 /// Tries the next operation of `cpu` on its node's memory.
-fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>]) -> Tried {
+fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<PageData<W>>>) -> Tried {
     let op = cpu.program[cpu.at];
+    let mut stored = |page: u32, word: usize, value: u64| {
+        if let Some(latest) = latest {
+            latest[page as usize][word] = value;
+        }
+    };
     let tried = (|| {
         match op {
             Op::Store(page, word, value) => {
                 touch(pages, page, true)?;
                 pages[page as usize].as_mut().expect("touched").data[word] = value;
+                stored(page, word, value);
             }
             Op::Load(page, word) => cpu.results.push(touch(pages, page, false)?[word]),
             Op::Increment(page, word) => {
                 touch(pages, page, true)?;
-                pages[page as usize].as_mut().expect("touched").data[word] += 1;
+                let value = &mut pages[page as usize].as_mut().expect("touched").data[word];
+                *value += 1;
+                stored(page, word, *value);
             }
             Op::Wait(page, word, value) => {
                 if touch(pages, page, false)?[word] != value {
@@ -241,6 +261,10 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>]) -> Tried {
 pub enum Action {
     Cpu(usize),
     Deliver(usize, usize),
+    /// A node is lost, with what is on its way to it. What it sent may still arrive, up to any point.
+    Lose(usize),
+    /// A node's transport finds out.
+    Learn(usize),
 }
 
 impl World {
@@ -257,7 +281,28 @@ impl World {
         let engines = (0..n)
             .map(|i| Engine::new(i as NodeId, geometry.clone(), &preloaded, image.clone(), true))
             .collect();
-        World { engines, memories, channels: vec![vec![VecDeque::new(); n]; n], cpus }
+        World {
+            engines,
+            memories,
+            channels: vec![vec![VecDeque::new(); n]; n],
+            cpus,
+            latest: None,
+            mortal: vec![],
+            lost: None,
+            failed: BTreeSet::new(),
+        }
+    }
+
+    /// No page becomes a table: every copy anywhere must be what the last store left, always.
+    pub fn only_data(mut self) -> Self {
+        self.latest = Some(vec![[0; W]; self.memories[0].len()]);
+        self
+    }
+
+    /// One of `nodes` will be lost, at any step.
+    pub fn losing(mut self, nodes: &[usize]) -> Self {
+        self.mortal = nodes.to_vec();
+        self
     }
 
     /// Every node takes untouched pages of its own in groups of `pages`.
@@ -281,7 +326,13 @@ impl World {
         match action {
             Action::Cpu(c) => self.cpus[c].node,
             Action::Deliver(_, to) => to,
+            Action::Lose(node) | Action::Learn(node) => node,
         }
+    }
+
+    /// Whether this node is still there and does not know of a loss that there is.
+    fn unaware(&self, node: usize) -> bool {
+        self.lost.is_some_and(|lost| lost != node && self.engines[node].lost().next().is_none())
     }
 
     pub fn actions(&self) -> Vec<Action> {
@@ -291,11 +342,16 @@ impl World {
                 return false;
             }
             let mut pages = self.memories[cpu.node].clone();
-            run(&mut cpu.clone(), &mut pages) != Tried::Waiting
+            run(&mut cpu.clone(), &mut pages, &mut None) != Tried::Waiting
         });
         let n = self.engines.len();
         let heads = (0..n).flat_map(|f| (0..n).map(move |t| (f, t))).filter(|&(f, t)| !self.channels[f][t].is_empty());
-        cpus.map(Action::Cpu).chain(heads.map(|(f, t)| Action::Deliver(f, t))).collect()
+        let lose = self.mortal.iter().filter(|_| self.lost.is_none());
+        cpus.map(Action::Cpu)
+            .chain(heads.map(|(f, t)| Action::Deliver(f, t)))
+            .chain(lose.map(|node| Action::Lose(*node)))
+            .chain((0..n).filter(|node| self.unaware(*node)).map(Action::Learn))
+            .collect()
     }
 
     /// Does one action. Returns how many memory operations the engine made (0 if it took no step).
@@ -303,7 +359,7 @@ impl World {
         match action {
             Action::Cpu(c) => {
                 let node = self.cpus[c].node;
-                match run(&mut self.cpus[c], &mut self.memories[node]) {
+                match run(&mut self.cpus[c], &mut self.memories[node], &mut self.latest) {
                     Tried::Fault(page, write) => {
                         self.cpus[c].blocked = Some(page);
                         self.step(node, Input::Fault { page, write }, intrusion)
@@ -332,19 +388,40 @@ impl World {
                 let message = Message::decode(&bytes).expect("our own encoding");
                 self.step(to, Input::Message { from: from as NodeId, message }, intrusion)
             }
+            Action::Lose(node) => {
+                self.lost = Some(node);
+                self.memories[node].fill(None);
+                self.channels.iter_mut().for_each(|to| to[node].clear());
+                self.cpus.iter_mut().filter(|cpu| cpu.node == node).for_each(|cpu| cpu.dead = true);
+                0
+            }
+            Action::Learn(node) => {
+                let lost = self.lost.expect("a loss to learn of");
+                self.step(node, Input::Lost(lost as NodeId), intrusion)
+            }
         }
     }
 
     fn step(&mut self, node: usize, input: Input<W>, intrusion: Option<Intrusion>) -> usize {
         let mut out = Output::default();
         let mut view =
-            View { pages: &mut self.memories[node], cpus: &mut self.cpus, operation: 0, intrusion };
+            View { pages: &mut self.memories[node], latest: &mut self.latest, cpus: &mut self.cpus, operation: 0, intrusion };
         self.engines[node].step(input, &mut view, &mut out).unwrap_or_else(|e| panic!("{e}"));
         let operations = view.operation;
         self.engines[node].forget_history();
         for (to, message) in out.sends {
             assert_ne!(usize::from(to), node, "a message to itself left the engine");
-            self.channels[node][usize::from(to)].push_back(message);
+            if self.lost != Some(usize::from(to)) {
+                self.channels[node][usize::from(to)].push_back(message);
+            }
+        }
+        for page in out.failed {
+            self.failed.insert((node, page));
+            self.cpus.iter_mut().filter(|c| c.node == node && c.blocked == Some(page)).for_each(|c| c.dead = true);
+        }
+        for lost in out.lost {
+            // It is over with what that one sent.
+            self.channels[usize::from(lost)][node].clear();
         }
         for (_, bytes) in out.deliver {
             self.cpus[usize::from(bytes[0])].interrupts += 1;
@@ -362,6 +439,11 @@ impl World {
             let writers = self.memories.iter().filter(|m| m[page].is_some_and(|p| p.writable)).count();
             if writers > 1 || (writers == 1 && present > 1) {
                 return Err(format!("page {page}: {writers} writers among {present} copies"));
+            }
+            if let Some(latest) = &self.latest {
+                if let Some(node) = self.memories.iter().position(|m| m[page].is_some_and(|p| p.data != latest[page])) {
+                    return Err(format!("page {page}: node {node} has {:?}, last stored was {:?}", self.memories[node][page], latest[page]));
+                }
             }
         }
         Ok(())
@@ -383,13 +465,22 @@ impl World {
 
     /// Nothing can happen any more: everybody must be through.
     pub fn check_end(&self) -> Result<(), String> {
-        if let Some(c) = self.cpus.iter().position(|c| !c.finished()) {
+        // Once a node is lost, a guest may wait in vain for what a CPU there was to do, but not for a page.
+        let stuck = |c: &Cpu| !c.finished() && (self.lost.is_none() || c.blocked.is_some());
+        if let Some(c) = self.cpus.iter().position(stuck) {
             return Err(format!("CPU {c} waits for ever at operation {}", self.cpus[c].at));
         }
-        match self.engines.iter().position(|e| !e.quiet()) {
-            Some(node) => Err(format!("node {node} waits for ever")),
-            None => Ok(()),
+        if let Some(node) = (0..self.engines.len()).find(|&n| self.lost != Some(n) && !self.engines[n].quiet()) {
+            return Err(format!("node {node} waits for ever"));
         }
+        for &(node, page) in &self.failed {
+            let home = usize::from(self.engines[0].geometry().home(page));
+            let kept = self.memories.iter().position(|m| m[page as usize].is_some());
+            if let Some(kept) = kept.filter(|_| self.lost != Some(home)) {
+                return Err(format!("node {node} was told that page {page} is lost, and node {kept} has it"));
+            }
+        }
+        Ok(())
     }
 
     /// The value of a word in the newest copy.
