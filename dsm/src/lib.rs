@@ -5,5 +5,6 @@ mod errno;
 pub mod memory;
 pub mod node;
 mod priority;
-pub mod transport;
 pub mod protocol;
+pub mod trace;
+pub mod transport;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::memory::{FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::protocol::{Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 
 /// Frame class of protocol messages; machine messages, which the protocol orders, are among them.
@@ -120,6 +121,7 @@ pub struct Dsm {
     stopping: AtomicBool,
     failed: AtomicBool,
     threads: Mutex<Vec<(FaultStop, JoinHandle<()>)>>,
+    trace: Trace,
 }
 
 impl Dsm {
@@ -136,6 +138,7 @@ impl Dsm {
             stopping: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             threads: Mutex::default(),
+            trace: Trace::default(),
         })
     }
 
@@ -221,6 +224,16 @@ impl Dsm {
         self.lock().as_ref().map(|s| s.waited).unwrap_or_default()
     }
 
+    /// Notes from now on when the parts of faults happen, or no longer.
+    pub fn trace(&self, on: bool) {
+        self.trace.switch(on);
+    }
+
+    /// What was noted since the last call.
+    pub fn take_trace(&self) -> Vec<Mark> {
+        self.trace.take()
+    }
+
     /// The pages most faults were about: (guest-physical address, faults here), hottest first.
     pub fn hottest(&self, count: usize) -> Vec<(u64, u32)> {
         let guard = self.lock();
@@ -270,7 +283,9 @@ impl Dsm {
         loop {
             match source.next_batch(&mut faults) {
                 Ok(true) => {
+                    let now = self.trace.now();
                     for fault in &faults {
+                        self.trace.mark(now, Stage::Detected, fault.page);
                         self.step(self.me, Input::Fault { page: fault.page, write: fault.write });
                     }
                 }
@@ -309,6 +324,8 @@ impl Dsm {
         if let Some(error) = memory.failed() {
             result = Err(DsmError::Memory(error));
         }
+        let now = self.trace.now();
+        out.completed.iter().for_each(|page| self.trace.mark(now, Stage::Installed, *page));
         self.transmit(out, encoded);
         if let Some((page, since)) = faulted {
             // One that needed nothing waits for nothing.
@@ -354,6 +371,10 @@ impl Dsm {
 
     /// Hands the messages of a step to the transport: those to one node together, in their order.
     fn transmit(&self, out: &mut Output<PAGE_WORDS>, encoded: &mut Vec<Vec<u8>>) {
+        let traced: Vec<u32> = match self.trace.now() {
+            Some(_) => out.sends.iter().filter_map(|(_, message)| message.page()).collect(),
+            None => Vec::new(),
+        };
         while let Some(&(to, _)) = out.sends.first() {
             encoded.clear();
             out.sends.retain(|(node, message)| {
@@ -369,6 +390,8 @@ impl Dsm {
                 tracing::debug!(%error, "a protocol message was not sent");
             }
         }
+        let now = self.trace.now();
+        traced.into_iter().for_each(|page| self.trace.mark(now, Stage::Sent, page));
     }
 
     fn fail(&self, error: DsmError) {
@@ -389,9 +412,15 @@ struct Receiver(Arc<Dsm>);
 
 impl Handler for Receiver {
     fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        let now = self.0.trace.now();
         match class {
             PROTOCOL => match Message::decode(payload) {
-                Ok(message) => self.0.step(peer, Input::Message { from: peer as NodeId, message }),
+                Ok(message) => {
+                    if let Some(page) = message.page() {
+                        self.0.trace.mark(now, Stage::Received, page);
+                    }
+                    self.0.step(peer, Input::Message { from: peer as NodeId, message })
+                }
                 Err(reason) => self.0.fail(DsmError::Malformed { from: peer, reason }),
             },
             SETUP => {

@@ -269,7 +269,7 @@ impl<const W: usize> Message<W> {
     }
 
     /// The page it is about, if it is about one.
-    pub(super) fn page(&self) -> Option<u32> {
+    pub fn page(&self) -> Option<u32> {
         use Message::*;
         match *self {
             Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),

@@ -12,6 +12,7 @@ mod tcp;
 
 pub use counters::{ClassCount, PeerCount};
 pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
+pub use socket::prepare;
 pub use tcp::{Config, TcpTransport};
 
 use crate::errno::Errno;

@@ -1,0 +1,44 @@
+"""`ci/bench NAME`: builds a benchmark and runs it. Figures go to standard output, all else does not."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+from .paths import REPO
+
+PROG = "ci/bench"
+#: Name: package, bench target of cargo, and what it is about.
+BENCHES = {
+    "dsm": ("krg-vmm", "dsm", "faults on another node's pages, and reading its memory, beside their floors"),
+}
+
+
+def build(package, target):
+    """Builds a bench target; the path of its program."""
+    words = ["cargo", "bench", "--locked", "--no-run", "--package", package, "--bench", target,
+             "--message-format=json-render-diagnostics"]
+    done = subprocess.run(words, cwd=REPO, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{PROG}: cargo bench: status {done.returncode}")
+    messages = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    programs = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == target]
+    if not programs:
+        sys.exit(f"{PROG}: cargo built no program for {target}")
+    return programs[-1]
+
+
+def main():
+    names = "\n".join(f"  {name:8} {text}" for name, (_, _, text) in BENCHES.items())
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=f"names:\n{names}\n\nFurther words go to the benchmark: --json, --help, ...")
+    parser.add_argument("name", choices=BENCHES, metavar="NAME", help="which benchmark")
+    args, words = parser.parse_known_args()
+    package, target, _ = BENCHES[args.name]
+    program = build(package, target)
+    os.execv(program, [program, *words])
+
+
+if __name__ == "__main__":
+    main()

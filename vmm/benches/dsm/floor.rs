@@ -1,0 +1,99 @@
+//! What a fault is measured against: the network alone, with the socket options and the priority that
+//! the shared memory's own threads have.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use krg_dsm::memory::PAGE_SIZE;
+use krg_dsm::transport;
+
+/// As long as a request for a page with its frame.
+const REQUEST: usize = 16;
+/// Written and read at once when bandwidth is measured.
+const CHUNK: usize = 256 << 10;
+
+/// Makes the calling thread real-time, as the threads are that answer faults. Without the right to
+/// do so both stay as they are.
+pub fn raise() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the structure is initialised and outlives the call; 0 names the calling thread.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &parameters) };
+}
+
+fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
+    transport::prepare(&stream, Duration::from_secs(30))
+        .map_err(|(option, errno)| io::Error::other(format!("{option}: {errno}")))?;
+    Ok(stream)
+}
+
+/// Answers a peer's requests until it is gone: each with as many bytes as it asks for.
+pub fn serve(stream: TcpStream) -> io::Result<()> {
+    raise();
+    let mut stream = prepared(stream)?;
+    let (mut request, chunk) = ([0; REQUEST], vec![7; CHUNK]);
+    while stream.read_exact(&mut request).is_ok() {
+        let mut left = u64::from_le_bytes(request[..8].try_into().unwrap_or_default());
+        while left > 0 {
+            let len = left.min(CHUNK as u64);
+            stream.write_all(&chunk[..len as usize])?;
+            left -= len;
+        }
+    }
+    Ok(())
+}
+
+/// The asking side.
+pub struct Bare {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Bare {
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        Ok(Bare {
+            stream: prepared(stream)?,
+            buffer: vec![0; CHUNK],
+        })
+    }
+
+    fn ask(&mut self, bytes: u64) -> io::Result<()> {
+        let mut request = [0; REQUEST];
+        request[..8].copy_from_slice(&bytes.to_le_bytes());
+        self.stream.write_all(&request)
+    }
+
+    /// `count` times: a small request, a page as the answer, one after the other.
+    pub fn round_trips(&mut self, count: usize) -> io::Result<Vec<Duration>> {
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| {
+                raise();
+                (0..count)
+                    .map(|_| {
+                        let begun = Instant::now();
+                        self.ask(PAGE_SIZE as u64)?;
+                        self.stream.read_exact(&mut self.buffer[..PAGE_SIZE])?;
+                        Ok(begun.elapsed())
+                    })
+                    .collect()
+            });
+            work.join()
+                .unwrap_or_else(|_| Err(io::Error::other("the measuring thread panicked")))
+        })
+    }
+
+    /// How long `bytes` take that the peer sends as fast as it can.
+    pub fn stream(&mut self, bytes: u64) -> io::Result<Duration> {
+        let begun = Instant::now();
+        self.ask(bytes)?;
+        let mut left = bytes;
+        while left > 0 {
+            let most = left.min(CHUNK as u64) as usize;
+            match self.stream.read(&mut self.buffer[..most])? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                got => left -= got as u64,
+            }
+        }
+        Ok(begun.elapsed())
+    }
+}

@@ -1,0 +1,118 @@
+//! `ci/bench dsm`: what a page that another host has costs, beside what it can't cost less than.
+//!
+//! Two node processes, each with a VM on this machine's KVM, joined by TCP over loopback (or, with
+//! `--listen` and `--peer`, on two hosts). The guest's vCPUs touch pages and read the time before and after. Floors are
+//! measured in between, in the same run: a round trip of a small request and a page over a connection
+//! like the nodes', and a fault that a thread answers at once.
+
+mod breakdown;
+mod faults;
+mod figures;
+mod floor;
+mod guest;
+mod node;
+mod peer;
+mod stream;
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Child, Command};
+
+use anyhow::Context;
+use clap::Parser;
+
+use figures::Figures;
+use node::Node;
+use peer::{Peer, Streams};
+
+#[derive(Parser)]
+#[command(
+    name = "ci/bench dsm",
+    about = "Times faults on pages of another node beside their floors"
+)]
+struct Options {
+    /// One line of JSON a figure
+    #[arg(long)]
+    json: bool,
+    /// Times everything is measured
+    #[arg(long, default_value_t = 8)]
+    rounds: u64,
+    /// vCPUs of the first node
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
+    vcpus: u8,
+    /// Wait here for a second node on another host, instead of starting one on this
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Be the second node of the one that listens here
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    peer: Option<SocketAddr>,
+    /// Given by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// Everything a measurement needs.
+struct Bench {
+    node: Node,
+    peer: Peer,
+    network: floor::Bare,
+    faults: node::Bare,
+    figures: Figures,
+    rounds: u64,
+    vcpus: usize,
+    /// Both nodes read the same clock.
+    one_clock: bool,
+}
+
+/// The second process, ended with the first.
+struct Second(Child);
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        // It has ended if the connection is closed; otherwise something went wrong.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let vcpus = usize::from(options.vcpus);
+    if let Some(address) = options.peer {
+        return peer::work(address, vcpus);
+    }
+    let listener = TcpListener::bind(options.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))))?;
+    let second = match options.listen {
+        Some(_) => None,
+        None => {
+            let program = std::env::current_exe().context("this program's path")?;
+            let words = [
+                "--peer".into(),
+                listener.local_addr()?.to_string(),
+                "--vcpus".into(),
+                vcpus.to_string(),
+            ];
+            Some(Second(
+                Command::new(program)
+                    .args(words)
+                    .spawn()
+                    .context("starting the second node")?,
+            ))
+        }
+    };
+    let streams = Streams::accept(&listener)?;
+    let node = Node::new(0, vcpus, streams.memory)?;
+    let mut peer = Peer::new(streams.control)?;
+    peer.answer().context("starting the second node")?;
+    let mut bench = Bench {
+        node,
+        peer,
+        network: floor::Bare::new(streams.floor)?,
+        faults: node::Bare::new()?,
+        figures: Figures::new(options.json),
+        rounds: options.rounds.max(1),
+        vcpus,
+        one_clock: second.is_some(),
+    };
+    faults::measure(&mut bench)?;
+    stream::measure(&mut bench)
+}

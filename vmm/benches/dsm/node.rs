@@ -1,0 +1,378 @@
+//! One node of the measured machine: its VM, its shared memory, and its vCPUs' jobs.
+
+use std::net::TcpStream;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use krg_dsm::memory::GuestRam;
+use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::transport::{Config, TcpTransport, Transport};
+use krg_guest_kernel::micro::{MicroGuest, PORT_YIELD};
+use krg_scheduler::{HostShare, Placement};
+use krg_vmm::machine::{Access, End, Event, Fabric, Machine, MachineConfig, Space};
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::guest::{self, Job, LOADED};
+
+/// Memory of each node.
+pub const SHARE: u64 = 256 << 20;
+/// A job that takes longer is stuck.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a vCPU is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Place {
+    /// Not started yet, or at work.
+    #[default]
+    Away,
+    /// In its `out`.
+    Waiting,
+    /// Told to go on.
+    Called,
+}
+
+/// Where vCPUs wait for jobs. Also the end of every other access, of which these guests have none.
+#[derive(Default)]
+pub struct Gate {
+    places: Mutex<(Vec<Place>, bool)>,
+    changed: Condvar,
+    failed: Mutex<Option<String>>,
+}
+
+impl Gate {
+    fn new(vcpus: usize) -> Arc<Self> {
+        Arc::new(Gate {
+            places: Mutex::new((vec![Place::Away; vcpus], false)),
+            ..Gate::default()
+        })
+    }
+
+    /// The calling vCPU waits here until it is called. Its thread's name says which it is.
+    fn wait(&self) {
+        let thread = std::thread::current();
+        let Some(vcpu) = thread
+            .name()
+            .and_then(|n| n.strip_prefix("vcpu"))
+            .and_then(|n| n.parse::<usize>().ok())
+        else {
+            return;
+        };
+        let mut places = self.places.lock().unwrap();
+        places.0[vcpu] = Place::Waiting;
+        self.changed.notify_all();
+        while places.0[vcpu] != Place::Called && !places.1 {
+            places = self.changed.wait(places).unwrap();
+        }
+        places.0[vcpu] = Place::Away;
+    }
+
+    /// Waits until `vcpus` wait.
+    fn all_waiting(&self, vcpus: &[usize]) -> anyhow::Result<()> {
+        let places = self.places.lock().unwrap();
+        let away = |places: &mut (Vec<Place>, bool)| vcpus.iter().any(|v| places.0[*v] != Place::Waiting);
+        let (_places, timeout) = self.changed.wait_timeout_while(places, PATIENCE, away).unwrap();
+        if let Some(line) = self.failed.lock().unwrap().take() {
+            bail!(line);
+        }
+        if timeout.timed_out() {
+            bail!("vCPUs {vcpus:?} are not through after {PATIENCE:?}")
+        } else {
+            Ok(())
+        }
+    }
+
+    fn call(&self, vcpus: &[usize]) {
+        let mut places = self.places.lock().unwrap();
+        vcpus.iter().for_each(|v| places.0[*v] = Place::Called);
+        self.changed.notify_all();
+    }
+
+    fn open(&self) {
+        self.places.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+
+    fn fail(&self, line: String) {
+        self.failed.lock().unwrap().get_or_insert(line);
+    }
+}
+
+impl Fabric for Gate {
+    fn interrupt(&self, _: u32, _: Event) {}
+
+    fn io(&self, access: Access) -> Option<u64> {
+        if access.space == Space::Port && access.address == u64::from(PORT_YIELD) {
+            self.wait();
+        } else {
+            self.fail(format!("the guest failed: {access:x?}"));
+        }
+        Some(0)
+    }
+
+    fn before_local_io(&self) {
+        self.wait();
+    }
+}
+
+/// What the shared memory tells.
+struct Listener {
+    gate: Arc<Gate>,
+    machine: OnceLock<Weak<Machine>>,
+}
+
+impl Client for Listener {
+    fn machine(&self, _: usize, _: &[u8]) {}
+    fn setup(&self, _: usize, _: &[u8]) {}
+    fn roots(&self) -> Vec<u64> {
+        let Some(machine) = self.machine.get().and_then(Weak::upgrade) else {
+            return Vec::new();
+        };
+        machine
+            .page_table_roots()
+            .into_iter()
+            .map(|(_, root)| root >> 12 & 0xff_ffff_ffff)
+            .collect()
+    }
+    fn failed(&self, error: DsmError) {
+        self.gate.fail(error.to_string());
+    }
+}
+
+/// A node, its vCPUs waiting for jobs.
+pub struct Node {
+    machine: Arc<Machine>,
+    pub dsm: Arc<Dsm>,
+    transport: Arc<TcpTransport>,
+    gate: Arc<Gate>,
+    ends: Receiver<End>,
+    share: u64,
+}
+
+/// The nodes' vCPUs: node 0 has the first `vcpus`, node 1 one.
+pub fn placement(vcpus: usize) -> Placement {
+    let first = HostShare {
+        vcpus: (0..vcpus as u32).collect(),
+        memory: SHARE,
+    };
+    Placement {
+        hosts: vec![
+            first,
+            HostShare {
+                vcpus: vec![vcpus as u32],
+                memory: SHARE,
+            },
+        ],
+    }
+}
+
+/// Builds this node's VM with the guest in it. Only node 0's memory is written to.
+pub fn machine(
+    placement: &Placement,
+    me: usize,
+    ram: &GuestRam,
+    gate: &Arc<Gate>,
+) -> anyhow::Result<(Arc<Machine>, MicroGuest, Receiver<End>)> {
+    let shares: Vec<u64> = (0..placement.cpus())
+        .map(|v| placement.owner(v).unwrap_or(0) as u64 * SHARE)
+        .collect();
+    let micro = guest::build(placement.memory(), &shares)?;
+    let (end, ends) = channel();
+    let config = MachineConfig {
+        placement: placement.clone(),
+        node: me,
+        tsc_khz: 0,
+        cpuid: vec![],
+        console: Box::new(std::io::sink()),
+        ends: end,
+    };
+    let machine = Machine::new(config, ram.memory().clone(), gate.clone())?;
+    // The guest's clock is the host's: its times and ours can be subtracted.
+    machine.set_tsc_offset(0)?;
+    if me == 0 {
+        for (at, bytes) in &micro.writes {
+            ram.memory().write_slice(bytes, GuestAddress(*at))?;
+        }
+    }
+    Ok((Arc::new(machine), micro, ends))
+}
+
+/// Starts the vCPUs of this node; returns when all wait for a job.
+pub fn start(machine: &Machine, micro: &MicroGuest, gate: &Gate, vcpus: &[usize]) -> anyhow::Result<()> {
+    let mut state = machine.save()?;
+    for (vcpu, start) in state
+        .vcpus
+        .iter_mut()
+        .zip(&micro.vcpus)
+        .filter(|(v, _)| vcpus.contains(&(v.id as usize)))
+    {
+        let registers = vcpu
+            .registers
+            .as_mut()
+            .context("a vCPU of this node without registers")?;
+        start.apply(&mut registers.sregs);
+        registers.regs = start.regs();
+        vcpu.mp_state = KVM_MP_STATE_RUNNABLE;
+    }
+    machine.restore(&state)?;
+    machine.run()?;
+    gate.all_waiting(vcpus)
+}
+
+/// Has vCPUs do jobs at the same time; the times of their touches, in ticks.
+pub fn run(ram: &GuestRam, gate: &Gate, share: u64, jobs: &[(usize, Job)]) -> anyhow::Result<Vec<Vec<(u64, u64)>>> {
+    let vcpus: Vec<usize> = jobs.iter().map(|(vcpu, _)| *vcpu).collect();
+    let words = |gpa: u64| -> anyhow::Result<_> {
+        ram.index_of(gpa)
+            .and_then(|page| ram.words(page))
+            .ok_or_else(|| anyhow!("{gpa:#x} is no memory"))
+    };
+    for (vcpu, job) in jobs {
+        if job.timed() > guest::MOST_TIMED {
+            bail!("{} touches are more than can be timed", job.count);
+        }
+        let page = words(guest::job_at(share, *vcpu))?;
+        for (to, word) in page.iter().zip(job.words(guest::results_at(share, *vcpu))) {
+            to.store(word, std::sync::atomic::Ordering::Release);
+        }
+    }
+    gate.call(&vcpus);
+    gate.all_waiting(&vcpus)?;
+    let times = |(vcpu, job): &(usize, Job)| {
+        let at = guest::results_at(share, *vcpu);
+        let word = |n: u64| -> anyhow::Result<u64> {
+            let gpa = at + n * 8;
+            Ok(words(gpa)?[(gpa & 0xfff) as usize / 8].load(std::sync::atomic::Ordering::Acquire))
+        };
+        (0..job.timed()).map(|n| Ok((word(2 * n)?, word(2 * n + 1)?))).collect()
+    };
+    jobs.iter().map(times).collect()
+}
+
+impl Node {
+    /// Node `me`, joined to the other by `stream`.
+    pub fn new(me: usize, vcpus: usize, stream: TcpStream) -> anyhow::Result<Self> {
+        let placement = placement(vcpus);
+        let gate = Gate::new(placement.cpus() as usize);
+        let ram = Arc::new(GuestRam::new(&[(0, placement.memory())], true)?);
+        let (machine, micro, ends) = machine(&placement, me, &ram, &gate)?;
+        let mut peers = vec![None, None];
+        peers[1 - me] = Some(stream);
+        let transport = Arc::new(TcpTransport::new(peers, Config::default())?);
+        let dsm = Dsm::new(me, ram, transport.clone());
+        let listener = Listener {
+            gate: gate.clone(),
+            machine: OnceLock::from(Arc::downgrade(&machine)),
+        };
+        transport.start(dsm.handler(Arc::new(listener)))?;
+        dsm.start(Start {
+            me,
+            shares: placement.hosts.iter().map(|host| host.memory).collect(),
+            preloaded: std::iter::once(0..(LOADED >> 12) as u32).collect(),
+            image: 0x10..(LOADED >> 12) as u32,
+            replicate: true,
+            bug: None,
+        })?;
+        let own: Vec<usize> = placement.hosts[me].vcpus.iter().map(|v| *v as usize).collect();
+        start(&machine, &micro, &gate, &own)?;
+        Ok(Node {
+            machine,
+            dsm,
+            transport,
+            gate,
+            ends,
+            share: me as u64 * SHARE,
+        })
+    }
+
+    /// Has vCPUs of this node do jobs at the same time; the times of their touches, in ticks.
+    pub fn run(&self, jobs: &[(usize, Job)]) -> anyhow::Result<Vec<Vec<(u64, u64)>>> {
+        if let Ok(end) = self.ends.try_recv() {
+            bail!("the guest ended: {end:?}");
+        }
+        run(self.dsm.ram(), &self.gate, self.share, jobs)
+    }
+
+    /// Ticks of the guest's clock in a microsecond.
+    pub fn ticks_per_us(&self) -> f64 {
+        f64::from(self.machine.tsc_khz()) / 1000.0
+    }
+}
+
+impl Drop for Node {
+    /// vCPUs first, while their pages still arrive.
+    fn drop(&mut self) {
+        self.gate.open();
+        self.machine.stop();
+        self.dsm.stop();
+        self.transport.shutdown();
+    }
+}
+
+/// A VM whose faults are answered at once, by a thread that does nothing else: what no fault over a
+/// network can be faster than.
+pub struct Bare {
+    machine: Arc<Machine>,
+    gate: Arc<Gate>,
+    ram: Arc<GuestRam>,
+    answers: Option<std::thread::JoinHandle<()>>,
+    stop: krg_dsm::memory::FaultStop,
+    memory: Arc<Mutex<krg_dsm::memory::UffdMemory>>,
+}
+
+impl Bare {
+    pub fn new() -> anyhow::Result<Self> {
+        use krg_dsm::memory::{PAGE_WORDS, UffdMemory};
+        use krg_dsm::protocol::Memory;
+        let placement = placement(1);
+        let gate = Gate::new(placement.cpus() as usize);
+        let ram = Arc::new(GuestRam::new(&[(0, placement.memory())], true)?);
+        let (machine, micro, _) = machine(&placement, 0, &ram, &gate)?;
+        let kept = 0..(LOADED >> 12) as u32;
+        let (memory, mut sources) = UffdMemory::keeping(ram.clone(), 1, std::slice::from_ref(&kept))?;
+        let memory = Arc::new(Mutex::new(memory));
+        let mut source = sources.pop().context("a userfaultfd without faults")?;
+        let stop = source.stopper();
+        let filled = memory.clone();
+        let answers = std::thread::spawn(move || {
+            super::floor::raise();
+            let (mut faults, data) = (Vec::new(), Box::new([1; PAGE_WORDS]));
+            while let Ok(true) = source.next_batch(&mut faults) {
+                for fault in &faults {
+                    filled.lock().unwrap().install(fault.page, &data, fault.write);
+                }
+            }
+        });
+        start(&machine, &micro, &gate, &[0])?;
+        Ok(Bare {
+            machine,
+            gate,
+            ram,
+            answers: Some(answers),
+            stop,
+            memory,
+        })
+    }
+
+    /// As [`Node::run`], on the only vCPU; the touched pages are absent again afterwards.
+    pub fn run(&self, job: Job) -> anyhow::Result<Vec<(u64, u64)>> {
+        use krg_dsm::protocol::Memory;
+        let times = run(&self.ram, &self.gate, 0, &[(0, job)])?;
+        let mut memory = self.memory.lock().unwrap();
+        job.frames().for_each(|frame| memory.discard(frame as u32));
+        Ok(times.into_iter().next().unwrap_or_default())
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        self.gate.open();
+        self.machine.stop();
+        self.stop.stop();
+        if let Some(answers) = self.answers.take() {
+            let _ = answers.join();
+        }
+    }
+}
