@@ -1,8 +1,10 @@
 """`cargo build` and `cargo test`, and what the output of the latter says, test by test."""
 
+import json
 import os
 import re
 import subprocess
+from pathlib import Path
 
 from .errors import LabError
 from .paths import OUT, REPO, cargo_target
@@ -10,6 +12,9 @@ from .steps import Counts, say
 
 #: The one target and profile that everything uses, so that a fresh clone is compiled once.
 TARGET = "x86_64-unknown-linux-gnu"
+#: What the program may need to be loaded: the C library and what the compiler leaves out of it. RDMA
+#: libraries are looked for when it runs.
+LIBRARIES = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
 #: "Running unittests src/lib.rs (target/.../deps/krg_dsm-0123)" and "Doc-tests krg_dsm": the last
 #: word of a path says which crate or which file of tests/ it is.
 BINARY_HEADER = re.compile(r"^\s+(Running|Doc-tests) (?:.*/)?([^/ ()]+?)(?:-[0-9a-f]+\))?$")
@@ -23,11 +28,16 @@ def program():
     return cargo_target() / TARGET / "release/krg-vmm"
 
 
-def cargo(words, log, limit):
+def litmus():
+    """The program of the litmus tests inside a guest, which needs no library there."""
+    return cargo_target() / "static" / TARGET / "release/guest-litmus"
+
+
+def cargo(words, log, limit, **variables):
     """Runs cargo with its output in the file `log`; its exit status."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # Without a terminal cargo shows no progress; colours would only hide the words.
-    environment = dict(os.environ, CARGO_TERM_COLOR="never", RUST_BACKTRACE="1")
+    environment = dict(os.environ, CARGO_TERM_COLOR="never", RUST_BACKTRACE="1", **variables)
     with open(log, "wb") as file:
         child = subprocess.Popen(["cargo", *words], cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=file,
                                  stderr=subprocess.STDOUT, start_new_session=True)
@@ -43,17 +53,40 @@ def cargo(words, log, limit):
 
 
 def build(limit=1500):
-    """Builds the release binary and checks that it is one static file."""
+    """Builds the release binary, which needs the C library alone, and the static one for the guest."""
     log = OUT / "test/build.log"
     if status := cargo(["build", "--release", "--locked", "--workspace"], log, limit):
         raise LabError(f"cargo build: status {status}: {tail(log)}")
     done = subprocess.run([program(), "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise LabError(f"{program().name} --version: status {done.returncode}: {done.stderr.strip()}")
-    interpreter = subprocess.run(["readelf", "--program-headers", program()], capture_output=True, text=True, check=True)
-    if "INTERP" in interpreter.stdout:
-        raise LabError(f"{program().name} is not static: it asks for a dynamic loader")
-    say(f"     {done.stdout.strip()}, static, {program().stat().st_size >> 10} KiB")
+    if more := needed(program()) - LIBRARIES:
+        raise LabError(f"{program().name} needs {', '.join(sorted(more))}: hosts may not have that")
+    log = OUT / "test/build-static.log"
+    words = ["build", "--release", "--locked", "--package", "guest-litmus", "--target-dir", os.fspath(cargo_target() / "static")]
+    if status := cargo(words, log, limit, RUSTFLAGS="-C target-feature=+crt-static"):
+        raise LabError(f"cargo build of the guest's program: status {status}: {tail(log)}")
+    if more := needed(litmus()):
+        raise LabError(f"{litmus().name} is not static: it needs {', '.join(sorted(more))}")
+    say(f"     {done.stdout.strip()}, {program().stat().st_size >> 10} KiB, needs {', '.join(sorted(needed(program())))}")
+
+
+def needed(binary):
+    """The shared libraries that a program asks for."""
+    shown = subprocess.run(["readelf", "--dynamic", binary], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", shown))
+
+
+def test_program(name, limit=1500):
+    """The path of a built test program, by the name of its target."""
+    log = OUT / "test" / f"{name}.json"
+    words = ["test", "--release", "--locked", "--workspace", "--test", name, "--no-run", "--message-format", "json"]
+    if status := cargo(words, log, limit):
+        raise LabError(f"cargo test --no-run: status {status}; see {log}")
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith("{") and (path := json.loads(line).get("executable")):
+            return Path(path)
+    raise LabError(f"no test program {name}; see {log}")
 
 
 def test(limit=1500):

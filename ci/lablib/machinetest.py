@@ -10,10 +10,10 @@ from pathlib import Path
 
 from . import cargotest
 from .errors import LabError
-from .labmachine import LabHosts, Machine
+from .labmachine import LAB, LabHosts, Machine
 from .network import address
 from .paths import OUT
-from .steps import say
+from .steps import Counts, say
 
 IMAGE = "/lab/images/debian-minimal.img"
 LOGS = OUT / "test"
@@ -76,28 +76,29 @@ class MachineTests:
         if image.exists():
             return
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(cargotest.program().with_name("guest-litmus"), folder)
+            shutil.copy(cargotest.litmus(), folder)
             subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, check=True)
 
-    def machine_over_all(self, name, append):
+    def machine_over_all(self, name, append, *options):
         """A machine over all hosts that starts to boot."""
         for host in [f"h{index}" for index in range(1, self.hosts.count)]:
             if not self.hosts.processes(host):
                 say(f"     the node daemon on {host} has ended: {self.hosts.node_log(host) or 'without a word'}; started again")
                 self.hosts.start_node(host)
         self.litmus_disk()
-        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}", IMAGE]
+        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}",
+                     *options, IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
-    def all_cpus_up(self, name, nodes=2, cpus=2):
+    def all_cpus_up(self, name, *options, nodes=2, cpus=2):
         """A machine over all hosts whose kernel has all CPUs up; the caller's to end.
 
         A guest has been seen to crash in its first second, once in about ten boots, for a reason that
         is not known (README, Status): a crash is said and tried again, once.
         """
         for last in (False, True):
-            machine = self.machine_over_all(name, f"{INITRD_SHELL} loglevel=7").__enter__()
+            machine = self.machine_over_all(name, f"{INITRD_SHELL} loglevel=7", *options).__enter__()
             try:
                 machine.expect(rf"Brought up {nodes} nodes, {cpus} CPUs", 400)
                 say(f"     all {cpus} CPUs are up after {time.monotonic() - machine.begun:.0f} s")
@@ -140,25 +141,78 @@ class MachineTests:
     def cable_and_power(self):
         """A cable unplugged for 2 s does no harm; a host's power failure ends the machine cleanly."""
         with self.all_cpus_up("loss") as machine:
-            self.hosts.lab("link", "h1", "down")
-            time.sleep(2)
-            self.hosts.lab("link", "h1", "up")
-            # What was on its way may still arrive; what comes after it is new.
-            drain(machine, 3)
-            machine.seen = len(machine.text)
-            machine.expect(r"\n\[ +\d+\.\d+\] .+\n", 90)
-            say("     unplugged for 2 s: the guest goes on")
-            self.hosts.lab("kill", "h1")
-            since = time.monotonic()
-            status = machine.await_end(30)
-            took = time.monotonic() - since
-            said = machine.said()
-            say(f"     power failure of h1: krg-vmm ended after {took:.1f} s with status {status}: {said[-1]}")
+            self.unplugged(machine)
+            self.power_failure(machine)
+
+    def rdma(self):
+        """What every transport promises, between two hosts; then boot, litmus tests and loss over RDMA."""
+        self.up(hosts=2, cpus_each=1, mib_each=MIB_EACH)
+        counts = contract(self.hosts)
+        with self.all_cpus_up("rdma", "--transport", "rdma") as machine:
+            lines = [line for line in machine.said() if line.startswith("transport: ")]
+            assert lines == ["transport: rdma (as asked: node 0 rxe0, node 1 rxe0)"], f"transport: {lines}"
+            self.unplugged(machine)
+            if "Run /bin/sh as init process" not in machine.text:
+                machine.expect(r"Run /bin/sh as init process", 780)
+            say(f"     {lines[0]}; the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
+            look_around(machine, cpus=2, nodes=2, mib=2 * MIB_EACH)
+            litmus(machine, 64, 4, [0, 1])
+            self.power_failure(machine)
+        counts += Counts(passed=1)
+        return counts
+
+    def unplugged(self, machine):
+        """Pulls h1's cable for 2 s while the guest boots, which has to go on."""
+        self.hosts.lab("link", "h1", "down")
+        time.sleep(2)
+        self.hosts.lab("link", "h1", "up")
+        # What was on its way may still arrive; what comes after it is new.
+        drain(machine, 3)
+        machine.seen = len(machine.text)
+        machine.expect(r"\n\[ +\d+\.\d+\] .+\n", 90)
+        say("     unplugged for 2 s: the guest goes on")
+
+    def power_failure(self, machine):
+        """Ends h1 at once: krg-vmm has to end in time, name the host and leave nothing."""
+        self.hosts.lab("kill", "h1")
+        since = time.monotonic()
+        status = machine.await_end(30)
+        took = time.monotonic() - since
+        said = machine.said()
+        say(f"     power failure of h1: krg-vmm ended after {took:.1f} s with status {status}: {said[-1]}")
         assert status == 3, f"exit status {status} instead of 3"
         assert took < LOSS_LIMIT, f"{took:.1f} s until the end, more than {LOSS_LIMIT}"
         assert address(1) in said[-1], f"the last line doesn't name {address(1)}: {said[-1]}"
         left = self.hosts.processes("h0")
         assert not left, f"left on h0: {left}"
+
+
+def contract(hosts):
+    """Runs dsm's test program `contract` with its two nodes on h0 and h1, over TCP and RDMA."""
+    shutil.copy(cargotest.test_program("contract"), hosts.state / "share")
+    for host in ("h0", "h1"):
+        hosts.shell(host, "cp /lab/share/contract-* /tmp/contract")
+    far = f"{address(1)}:7600"
+    # It serves until its standard input ends.
+    with subprocess.Popen([LAB, "exec", "-i", "h1", "--", "/tmp/contract", "serve", far], env=hosts.environment,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            if not server.stdout.readline().startswith("serving"):
+                raise LabError(f"contract serve: {server.stdout.read().strip()[-400:]}")
+            # It fails with the tests.
+            said = hosts.shell("h0", f"/tmp/contract with {far} 2>&1 || true", limit=400)
+        finally:
+            server.stdin.close()
+    lines = said.splitlines()
+    (LOGS / "contract.log").write_text(said)
+    for line in lines:
+        if line.startswith(("tcp:", "rdma:")) or "FAILED" in line:
+            say(f"     {line}")
+    counts = Counts(passed=sum("... ok" in line for line in lines), failed=sum("... FAILED" in line for line in lines))
+    if not all(any(line.startswith(f"test {kind}::") for line in lines) for kind in ("tcp", "rdma")):
+        raise LabError(f"contract: not all was tried: {lines[-3:]}")
+    say(f"     what every transport promises, between h0 and h1: {counts}")
+    return counts
 
 
 def ask(machine, command, limit=300):

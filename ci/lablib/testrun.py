@@ -56,6 +56,7 @@ def steps(machines):
         ("machine on one host", machines.one_host, ("lab",)),
         ("machine on two hosts", machines.two_hosts, ("lab",)),
         ("machine on two hosts: loss", machines.cable_and_power, ("lab",)),
+        ("RDMA on two hosts", machines.rdma, ("build", "lab")),
         ("machine on three hosts", machines.three_hosts, ("lab",)),
     ]
 

@@ -8,6 +8,7 @@ use krg_scheduler::Request;
 use krg_vmm::cluster::front::Options;
 use krg_vmm::cluster::hosts::DEFAULT_PORT;
 use krg_vmm::cluster::size;
+use krg_vmm::cluster::transport::Wish;
 use krg_vmm::node::{BootSpec, PageTables};
 
 /// One large SMP machine over several hosts.
@@ -108,6 +109,9 @@ pub struct Guest {
     /// How page-table pages that several hosts use are kept
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub page_tables: PageTableOption,
+    /// What the hosts talk over
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub transport: TransportOption,
     /// File with the cluster's secret, the same on every host [default: ~/.config/krg-vmm/secret]
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
@@ -122,6 +126,17 @@ pub enum PageTableOption {
     Replicate,
     /// One writer, as for any page
     Share,
+}
+
+/// `--transport`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum TransportOption {
+    /// RDMA where every host has a device for it, else TCP
+    Auto,
+    /// RDMA (RoCE version 2), in software, too
+    Rdma,
+    /// TCP
+    Tcp,
 }
 
 impl Guest {
@@ -153,6 +168,11 @@ impl Guest {
                 PageTableOption::Auto => PageTables::Auto,
                 PageTableOption::Replicate => PageTables::Replicate,
                 PageTableOption::Share => PageTables::Share,
+            },
+            transport: match self.transport {
+                TransportOption::Auto => Wish::Auto,
+                TransportOption::Rdma => Wish::Rdma,
+                TransportOption::Tcp => Wish::Tcp,
             },
             secret_file: self.secret_file,
             program,

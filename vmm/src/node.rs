@@ -35,6 +35,15 @@ pub enum PageTables {
     Share,
 }
 
+/// What the nodes of a machine talk over, as the front end chose (`--transport`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeTransport {
+    /// The connections of the mesh themselves.
+    Tcp,
+    /// RDMA connections beside them.
+    Rdma,
+}
+
 /// A disk of the guest, opened by node 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
@@ -74,6 +83,8 @@ pub struct NodeSpec {
     pub boot: BootSpec,
     /// Page-table protocol.
     pub page_tables: PageTables,
+    /// Transport between the nodes.
+    pub transport: NodeTransport,
     /// CPUID leaves all hosts have in common, as computed by the front end from the nodes' offers;
     /// empty for a single host: its own.
     pub cpuid: Vec<CpuidLeaf>,

@@ -139,6 +139,28 @@ fn a_hosts_file_that_can_not_work() {
     );
 }
 
+/// Loopback has no RDMA, on any host.
+#[test]
+fn transports_that_can_not_be_had() {
+    let place = Place::new();
+    let hosts = "127.0.0.1\n127.0.0.1\n";
+    let (status, line) = place.nodes(hosts, &["--transport", "rdma"]);
+    assert_eq!(
+        (status, line.as_str()),
+        (1, "krg-vmm: host 127.0.0.1: no RDMA device at 127.0.0.1; without --transport rdma the nodes use TCP")
+    );
+    for (how, said) in [("auto", "auto: node 0: no RDMA device at 127.0.0.1"), ("tcp", "as asked")] {
+        // It ends all the same: there is nothing to boot in this image.
+        let output = place.krg(&["--nodes", "hosts.txt", "guest.img", "--memory", "1M", "--transport", how]);
+        let said = format!("krg-vmm: transport: tcp ({said})");
+        let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(lines.lines().any(|line| line == said), "{lines}");
+        assert_eq!(output.status.code(), Some(1));
+    }
+    let output = place.krg(&["--nodes", "hosts.txt", "guest.img", "--transport", "pigeon"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
 #[test]
 fn secrets_that_are_none() {
     let place = Place::new();

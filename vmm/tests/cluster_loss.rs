@@ -19,6 +19,7 @@ use krg_scheduler::Request;
 use krg_vmm::cluster::front::{self, Options};
 use krg_vmm::cluster::report::Reporter;
 use krg_vmm::cluster::service;
+use krg_vmm::cluster::transport::Wish;
 use krg_vmm::node::{BootSpec, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm_sys_util::tempdir::TempDir;
@@ -127,6 +128,7 @@ fn front_end(hosts: &Path, api: &Path, secret: Option<&String>) -> ExitCode {
         net: None,
         api: Some(api.into()),
         page_tables: PageTables::Auto,
+        transport: Wish::Auto,
         secret_file: secret.map(PathBuf::from),
         program: std::env::current_exe().unwrap(),
         attach: true,

@@ -24,6 +24,18 @@ pub enum Malformed {
         /// Payload length in bytes as sent.
         len: u32,
     },
+    /// An RDMA message longer than its slot.
+    #[error("message of {len} bytes is longer than its slot")]
+    Message {
+        /// Length in bytes as sent.
+        len: usize,
+    },
+    /// An RDMA message that is no write with an immediate.
+    #[error("message without an immediate")]
+    Bare,
+    /// An RDMA message that counts more than was sent.
+    #[error("message with a count of more than was sent")]
+    Count,
 }
 
 /// The header of a frame; `len` is at most [`MAX_PAYLOAD`].

@@ -7,19 +7,28 @@
 mod counters;
 mod frame;
 mod link;
+pub mod rdma;
 mod socket;
 mod tcp;
+mod threads;
 
 pub use counters::{ClassCount, PeerCount};
 pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
 pub use socket::prepare;
 pub use tcp::{Config, TcpTransport};
 
+use std::sync::Arc;
+
 use crate::errno::Errno;
 
-/// Carries frames to the other nodes. Small, so that a transport with registered buffers (RDMA)
-/// can stand in for TCP.
+/// Carries frames to the other nodes: over TCP ([`TcpTransport`]) or RDMA ([`rdma::RdmaTransport`]).
 pub trait Transport: Send + Sync {
+    /// Starts receiving, queued sending and heartbeats. Frames sent before may leave before.
+    ///
+    /// # Errors
+    /// Called before, or no threads; then none is left running.
+    fn start(&self, handler: Arc<dyn Handler>) -> Result<(), TransportError>;
+
     /// Sends `parts`, one after the other, as one frame to node `to`. May be called with any lock
     /// held: it does not wait for the peer and does not call the [`Handler`]. What the network
     /// does not take at once is copied and sent later, in order.
@@ -150,7 +159,15 @@ pub enum TransportError {
         /// Why.
         errno: Errno,
     },
-    /// [`TcpTransport::start`] was called twice, or after shutdown.
+    /// [`Transport::start`] was called twice, or after shutdown.
     #[error("transport: started already")]
     Started,
+    /// No RDMA connection came about.
+    #[error("RDMA connection to node {peer}: {error}")]
+    Rdma {
+        /// Node number.
+        peer: usize,
+        /// Why.
+        error: rdma::RdmaError,
+    },
 }

@@ -11,14 +11,12 @@ use crate::errno::Errno;
 use crate::transport::counters::PeerCount;
 use crate::transport::frame::{Decoder, HEADER, HEARTBEAT};
 use crate::transport::link::Link;
+use crate::transport::threads::{FLUSH, LINGER, join, spawn};
 use crate::transport::{Handler, LostReason, PeerEvent, SendError, Transport, TransportError, socket};
 
 /// Silence is counted in this many steps, so that a host that stood still for a while itself (a
 /// debugger, a paused virtual host) does not take that for silence of its peers.
 const STEPS: u32 = 9;
-/// How long shutdown waits for queued bytes to leave, and then for the peers to end.
-const FLUSH: Duration = Duration::from_millis(300);
-const LINGER: Duration = Duration::from_millis(200);
 
 /// Times and limits of a [`TcpTransport`]. All nodes should have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +62,7 @@ struct Threads {
 
 impl TcpTransport {
     /// Takes over connected, authenticated streams: `peers[i]` leads to node `i`; `None` at this
-    /// node's own place. Frames can be sent at once; they are received after [`Self::start`].
+    /// node's own place. Frames can be sent at once; they are received after [`Transport::start`].
     ///
     /// # Errors
     /// A stream that refuses an option.
@@ -88,11 +86,13 @@ impl TcpTransport {
         })
     }
 
-    /// Starts receiving, queued sending and heartbeats.
-    ///
-    /// # Errors
-    /// Called before, or no threads; then none is left running.
-    pub fn start(&self, handler: Arc<dyn Handler>) -> Result<(), TransportError> {
+    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.links.iter().flatten()
+    }
+}
+
+impl Transport for TcpTransport {
+    fn start(&self, handler: Arc<dyn Handler>) -> Result<(), TransportError> {
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut threads.started, true) {
             return Err(TransportError::Started);
@@ -122,12 +122,6 @@ impl TcpTransport {
         result
     }
 
-    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
-        self.links.iter().flatten()
-    }
-}
-
-impl Transport for TcpTransport {
     fn send(&self, to: usize, class: u8, parts: &[&[u8]]) -> Result<(), SendError> {
         match self.links.get(to) {
             Some(Some(link)) => link.send(class, parts),
@@ -183,21 +177,6 @@ impl Transport for TcpTransport {
 impl Drop for TcpTransport {
     fn drop(&mut self) {
         self.shutdown();
-    }
-}
-
-fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, TransportError> {
-    thread::Builder::new()
-        .name(name)
-        .spawn(work)
-        .map_err(|error| TransportError::Thread {
-            errno: Errno::of(&error),
-        })
-}
-
-fn join(thread: JoinHandle<()>) {
-    if thread.join().is_err() {
-        tracing::error!("a transport thread panicked");
     }
 }
 

@@ -80,6 +80,14 @@ pub enum FrontError {
     /// The hosts can't make up the machine.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// RDMA was asked for.
+    #[error("host {host}: {reason}; without --transport rdma the nodes use TCP")]
+    NoRdma {
+        /// The host that lacks it.
+        host: String,
+        /// What it lacks.
+        reason: String,
+    },
     /// The hosts' processors.
     #[error("the hosts' processors have too little in common: {0}")]
     Cpuid(String),

@@ -29,9 +29,10 @@ use super::plan::{self, Candidate};
 use super::report::Reporter;
 use super::secret::Secret;
 use super::size;
+use super::transport::{self, Wish};
 use super::verdict::Ending;
 use crate::machine::cpuid_common::common_subset;
-use crate::node::{BootSpec, CpuidLeaf, DiskSpec, NodeEnd, NodeOutput, NodeSpec, PageTables};
+use crate::node::{BootSpec, CpuidLeaf, DiskSpec, NodeEnd, NodeOutput, NodeSpec, NodeTransport, PageTables};
 
 /// Most memory that a machine on this host alone gets without `--memory`.
 const DEFAULT_MEMORY: u64 = 4 << 30;
@@ -57,6 +58,8 @@ pub struct Options {
     pub api: Option<PathBuf>,
     /// Page-table protocol.
     pub page_tables: PageTables,
+    /// What the nodes are to talk over.
+    pub transport: Wish,
     /// Secret file.
     pub secret_file: Option<PathBuf>,
     /// This program, to be started as a node.
@@ -133,8 +136,9 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
             offer: node.offer.clone(),
         })
         .collect();
+    let transport = transport_of(options.transport, &nodes, events.reporter)?;
     let placement = plan::plan(&candidates, options.request)?;
-    let specs = specs(options, &candidates, &placement, events.reporter)?;
+    let specs = specs(options, &candidates, &placement, transport, events.reporter)?;
     let names = specs[0].host_names.clone();
     let mut cluster = Cluster::new(nodes, &events.sender)?;
     let _guards = attend_user(options, events, &placement, &names)?;
@@ -182,7 +186,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
     };
     let candidates = [Candidate { line, offer }];
     let placement = plan::plan(&candidates, request)?;
-    let spec = specs(options, &candidates, &placement, events.reporter)?.remove(0);
+    let spec = specs(options, &candidates, &placement, NodeTransport::Tcp, events.reporter)?.remove(0);
     let names = spec.host_names.clone();
     let _guards = attend_user(options, events, &placement, &names)?;
     let ending = loop {
@@ -298,7 +302,7 @@ fn show_host(reporter: Reporter, number: usize, node: &Gathered, started: bool) 
     let micros = round_trip.as_micros();
     let started_here = if started { " (started here)" } else { "" };
     let text = format!(
-        "node {number}: {address}{started_here}: {}, tcp, round trip {micros} us",
+        "node {number}: {address}{started_here}: {}, round trip {micros} us",
         offer.line()
     );
     let kvm = offer.kvm.as_ref().ok();
@@ -306,9 +310,28 @@ fn show_host(reporter: Reporter, number: usize, node: &Gathered, started: bool) 
         "event": "host", "node": number, "id": line.id, "address": address.to_string(), "started": started,
         "cpus": offer.cpus, "memory": offer.memory, "kernel": offer.kernel, "software": offer.software,
         "kvm": kvm.map(|kvm| &kvm.module), "nested_paging": kvm.map(|kvm| kvm.nested_paging),
-        "eptad": kvm.map(|kvm| kvm.eptad), "transport": "tcp", "round_trip_us": micros as u64,
+        "eptad": kvm.map(|kvm| kvm.eptad), "round_trip_us": micros as u64,
     });
     reporter.event(&text, &event);
+}
+
+/// What the nodes talk over; alone there is nobody to talk to.
+fn transport_of(wish: Wish, nodes: &[Gathered], reporter: Reporter) -> Result<NodeTransport, FrontError> {
+    if nodes.len() < 2 {
+        return Ok(NodeTransport::Tcp);
+    }
+    let hosts: Vec<_> = nodes.iter().map(|node| (&node.offer, node.address.ip())).collect();
+    let choice = transport::choose(wish, &hosts).map_err(|lacking| FrontError::NoRdma {
+        host: nodes[lacking.node].line.to_string(),
+        reason: lacking.reason,
+    })?;
+    let how = match choice.transport {
+        NodeTransport::Tcp => "tcp",
+        NodeTransport::Rdma => "rdma",
+    };
+    let event = json!({"event": "transport", "how": how, "auto": wish == Wish::Auto, "message": choice.line});
+    reporter.event(&choice.line, &event);
+    Ok(choice.transport)
 }
 
 /// Every node's part of the machine.
@@ -316,6 +339,7 @@ fn specs(
     options: &Options,
     hosts: &[Candidate],
     placement: &Placement,
+    transport: NodeTransport,
     reporter: Reporter,
 ) -> Result<Vec<NodeSpec>, FrontError> {
     let absolute = |path: &PathBuf| {
@@ -346,6 +370,7 @@ fn specs(
         net: options.net.clone(),
         boot,
         page_tables: options.page_tables,
+        transport,
         cpuid: common_cpuid(hosts, reporter)?,
         tsc_khz: hosts[0].offer.kvm.as_ref().map_or(0, |kvm| kvm.tsc_khz),
     };

@@ -28,4 +28,5 @@ pub mod report;
 pub mod secret;
 pub mod service;
 pub mod size;
+pub mod transport;
 mod verdict;

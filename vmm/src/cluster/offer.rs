@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use krg_dsm::transport::rdma::{self, RdmaPort};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,7 @@ use super::size;
 use crate::node::CpuidLeaf;
 
 /// Version of [`Offer`]'s form.
-pub const OFFER_VERSION: u32 = 1;
+pub const OFFER_VERSION: u32 = 2;
 
 /// Which KVM a host has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +52,8 @@ pub struct Offer {
     pub kvm: Result<KvmInfo, String>,
     /// userfaultfd with faults taken in the kernel (those of KVM are), or one line why not.
     pub userfaultfd: Result<(), String>,
+    /// RDMA by address, none without a device; or one line why a device can't be used.
+    pub rdma: Result<Vec<RdmaPort>, String>,
 }
 
 impl Offer {
@@ -66,6 +69,7 @@ impl Offer {
             memory: available_memory(&line("/proc/meminfo"), &line("/sys/fs/cgroup/memory.max")),
             kvm: kvm_info(Path::new("/dev/kvm")),
             userfaultfd: probe::userfaultfd(),
+            rdma: rdma_ports(),
         }
     }
 
@@ -112,6 +116,15 @@ fn available_memory(meminfo: &str, cgroup_max: &str) -> u64 {
         .and_then(|kib| kib.trim().parse::<u64>().ok())
         .map_or(0, |kib| kib.saturating_mul(1024));
     cgroup_max.parse().map_or(available, |limit: u64| available.min(limit))
+}
+
+/// The library is only loaded where there is a device.
+fn rdma_ports() -> Result<Vec<RdmaPort>, String> {
+    let ports = RdmaPort::of_this_host();
+    if !ports.is_empty() {
+        rdma::available().map_err(|error| error.to_string())?;
+    }
+    Ok(ports)
 }
 
 fn kvm_info(device: &Path) -> Result<KvmInfo, String> {

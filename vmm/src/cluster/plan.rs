@@ -216,6 +216,7 @@ mod tests {
             memory: mib << 20,
             kvm: Ok(kvm),
             userfaultfd: Ok(()),
+            rdma: Ok(Vec::new()),
         };
         Candidate {
             line: HostsFile::parse(line, |_| None).unwrap().hosts.remove(0),

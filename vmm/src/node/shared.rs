@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use krg_dsm::memory::{GuestRam, PAGE_SHIFT};
 use krg_dsm::node::{Dsm, DsmError, Start};
-use krg_dsm::transport::{Config, PeerEvent, TcpTransport, Transport};
+use krg_dsm::transport::rdma::{RdmaError, RdmaTransport};
+use krg_dsm::transport::{Config, PeerEvent, TcpTransport, Transport, TransportError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::console::Console;
 use super::fabric::Cluster;
 use super::{
-    Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables, boot, devices, end_of, forward, report, tsc,
+    Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, NodeTransport, PageTables, boot, devices, end_of, forward, report, tsc,
 };
 use crate::cluster::offer;
 use crate::machine::layout::ram_ranges;
@@ -80,7 +81,12 @@ pub(super) fn run(
     let ranges: Vec<_> = ram_ranges(spec.placement.memory()).iter().map(|r| (r.start, r.end - r.start)).collect();
     let ram = Arc::new(GuestRam::new(&ranges, true).map_err(|e| e.to_string())?);
     let others: Vec<usize> = (0..spec.placement.hosts.len()).filter(|n| *n != spec.node).collect();
-    let transport = Arc::new(TcpTransport::new(peers, Config::default()).map_err(|e| e.to_string())?);
+    let transport = match transport(spec.transport, peers) {
+        Ok(transport) => transport,
+        // It tells the front end why.
+        Err(TransportError::Rdma { peer, error: RdmaError::GaveUp }) => return Ok(NodeEnd::PeerEnded(peer)),
+        Err(error) => return Err(error.to_string()),
+    };
     let (happen, happenings) = channel();
     let (ends, ended) = channel();
     let owners = (0..spec.placement.cpus()).map(|v| spec.placement.owner(v).unwrap_or(0)).collect();
@@ -115,6 +121,13 @@ pub(super) fn run(
     node.stop(&cluster, pci.as_deref());
     transport.shutdown();
     Ok(end)
+}
+
+fn transport(kind: NodeTransport, peers: Vec<Option<TcpStream>>) -> Result<Arc<dyn Transport>, TransportError> {
+    Ok(match kind {
+        NodeTransport::Tcp => Arc::new(TcpTransport::new(peers, Config::default())?),
+        NodeTransport::Rdma => Arc::new(RdmaTransport::connect(peers, Config::default())?),
+    })
 }
 
 impl Node<'_> {

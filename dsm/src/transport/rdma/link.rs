@@ -1,0 +1,351 @@
+//! The sending side of the connection to one peer.
+
+use std::collections::VecDeque;
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::credits::{self, Credits, SLOT, SLOTS};
+use super::verbs::{Completion, Endpoint, Failure};
+use crate::errno::Errno;
+use crate::transport::counters::{Counters, PeerCount};
+use crate::transport::frame::{self, HEADER, HEARTBEAT, MAX_PAYLOAD, Malformed};
+use crate::transport::{Config, LostReason, SendError};
+
+/// A queue larger than this gives its memory back when it has drained.
+const KEEP: usize = 4 << 20;
+/// How often the writer looks whether a queue that waits for the device has moved. What waits for the
+/// peer is sent by the receiver, which hears of the room first.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// One peer's connection with its outbound queue.
+#[derive(Debug)]
+pub struct Link {
+    peer: usize,
+    /// This end.
+    pub end: Endpoint,
+    /// The connection that the ends were described over. Nothing is sent on it any more; it ends with the
+    /// peer's process.
+    pub stream: TcpStream,
+    /// What went over the link.
+    pub counters: Counters,
+    /// Why we gave it up; the receiver reports it.
+    pub lost: OnceLock<LostReason>,
+    outbound: Mutex<Outbound>,
+    changed: Condvar,
+    config: Config,
+}
+
+#[derive(Debug, Default)]
+struct Outbound {
+    credits: Credits,
+    /// Messages that the device is through with: their staging slots are free.
+    retired: u64,
+    /// Bytes of frames that found no slot. While there are any, new frames go behind them.
+    queue: VecDeque<u8>,
+    /// Something was sent since the last look.
+    active: bool,
+    /// No more frames: send what is queued until this moment, then end the stream.
+    flush_until: Option<Instant>,
+    ended: bool,
+}
+
+/// Staged bytes of a message that is not sent yet. It never outlives the lock on the queue.
+#[derive(Default)]
+struct Open(usize);
+
+impl Link {
+    pub fn new(peer: usize, end: Endpoint, stream: TcpStream, config: Config) -> Self {
+        Self {
+            peer,
+            end,
+            stream,
+            counters: Counters::new(),
+            lost: OnceLock::new(),
+            outbound: Mutex::default(),
+            changed: Condvar::new(),
+            config,
+        }
+    }
+
+    /// See [`crate::transport::Transport::send`].
+    pub fn send(&self, class: u8, parts: &[&[u8]]) -> Result<(), SendError> {
+        self.check(class, parts.iter().map(|part| part.len()).sum())?;
+        self.enter(|outbound, open| self.put_frame(outbound, open, class, parts))
+    }
+
+    /// See [`crate::transport::Transport::send_together`].
+    pub fn send_together(&self, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
+        frames.iter().try_for_each(|frame| self.check(class, frame.len()))?;
+        self.enter(|outbound, open| {
+            frames.iter().try_for_each(|frame| self.put_frame(outbound, open, class, &[frame]))
+        })
+    }
+
+    fn check(&self, class: u8, len: usize) -> Result<(), SendError> {
+        let peer = self.peer;
+        if len > MAX_PAYLOAD {
+            return Err(SendError::TooLong { peer, len });
+        }
+        if class == HEARTBEAT {
+            return Err(SendError::Reserved { peer });
+        }
+        Ok(())
+    }
+
+    /// Puts frames with the queue locked, and sends off the last message; an error ends the stream.
+    fn enter(
+        &self,
+        put: impl FnOnce(&mut Outbound, &mut Open) -> Result<(), LostReason>,
+    ) -> Result<(), SendError> {
+        let peer = self.peer;
+        let mut outbound = self.lock();
+        if outbound.ended || outbound.flush_until.is_some() {
+            return Err(SendError::Gone { peer });
+        }
+        let mut open = Open::default();
+        let result = put(&mut outbound, &mut open).and_then(|()| self.close(&mut outbound, &mut open));
+        result.map_err(|reason| {
+            self.give_up(&mut outbound, reason);
+            SendError::Gone { peer }
+        })
+    }
+
+    fn put_frame(
+        &self,
+        outbound: &mut Outbound,
+        open: &mut Open,
+        class: u8,
+        parts: &[&[u8]],
+    ) -> Result<(), LostReason> {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        let header = frame::header(class, len);
+        let was_empty = outbound.queue.is_empty();
+        for part in std::iter::once(&header[..]).chain(parts.iter().copied()) {
+            let rest = if outbound.queue.is_empty() { self.put(outbound, open, part)? } else { part };
+            outbound.queue.extend(rest);
+        }
+        if outbound.queue.len() > self.config.queue_limit {
+            return Err(LostReason::Overrun { bytes: outbound.queue.len() });
+        }
+        if was_empty && !outbound.queue.is_empty() {
+            self.changed.notify_one();
+        }
+        outbound.active = true;
+        self.counters.sent(class, HEADER + len);
+        Ok(())
+    }
+
+    /// Puts bytes into slots, sending off those that are full, as far as there are slots: the rest.
+    fn put<'a>(&self, outbound: &mut Outbound, open: &mut Open, mut bytes: &'a [u8]) -> Result<&'a [u8], LostReason> {
+        while !bytes.is_empty() && self.has_slot(outbound)? {
+            let (now, later) = bytes.split_at(bytes.len().min(SLOT - open.0));
+            self.end.stage((outbound.credits.sent() % SLOTS) as usize, open.0, now);
+            open.0 += now.len();
+            bytes = later;
+            if open.0 == SLOT {
+                self.close(outbound, open)?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Sends off what is staged, if anything is.
+    fn close(&self, outbound: &mut Outbound, open: &mut Open) -> Result<(), LostReason> {
+        if open.0 > 0 {
+            self.post(outbound, std::mem::take(&mut open.0))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the next slot is free, here and at the peer.
+    fn has_slot(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
+        if outbound.credits.sent() - outbound.retired >= SLOTS / 2 {
+            self.retire(outbound)?;
+        }
+        Ok(outbound.credits.may_send() && outbound.credits.sent() - outbound.retired < SLOTS)
+    }
+
+    fn post(&self, outbound: &mut Outbound, len: usize) -> Result<(), LostReason> {
+        let (slot, count) = outbound.credits.send();
+        self.end.post_write(slot, len, credits::immediate(len, count)).map_err(LostReason::Broken)
+    }
+
+    /// Takes note of what the device is through with.
+    fn retire(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
+        let mut completions = [Completion::default(); 16];
+        loop {
+            let count = self.end.poll_sent(&mut completions).map_err(LostReason::Broken)?;
+            if let Some(failure) = completions[..count].iter().find_map(|completion| completion.failure) {
+                return Err(reason(failure));
+            }
+            outbound.retired += count as u64;
+            if count < completions.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The receiver has copied a message out of its slot and will take one more; `count` came with it.
+    ///
+    /// # Errors
+    /// A count that can't be.
+    pub fn taken(&self, count: u16) -> Result<(), Malformed> {
+        self.lock().credits.receive(count)
+    }
+
+    /// The slot that the next message to come is in.
+    pub fn next_slot(&self) -> usize {
+        self.lock().credits.next_slot()
+    }
+
+    /// Sends what has found room, and tells the peer of its own, if it should know. The receiver calls this
+    /// when it has handed on what came, and so do those who wait.
+    pub fn advance(&self) {
+        let mut outbound = self.lock();
+        if outbound.ended {
+            return;
+        }
+        let result = self.drain(&mut outbound).and_then(|()| {
+            if outbound.credits.update_due() && self.may_update(&mut outbound)? {
+                self.post(&mut outbound, 0)?;
+                outbound.active = true;
+            }
+            Ok(())
+        });
+        if let Err(reason) = result {
+            self.give_up(&mut outbound, reason);
+        }
+    }
+
+    fn may_update(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
+        self.retire(outbound)?;
+        Ok(outbound.credits.may_update() && outbound.credits.sent() - outbound.retired < SLOTS)
+    }
+
+    fn drain(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
+        let mut open = Open::default();
+        while !outbound.queue.is_empty() && self.has_slot(outbound)? {
+            let mut queue = std::mem::take(&mut outbound.queue);
+            let (front, _) = queue.as_slices();
+            let left = self.put(outbound, &mut open, front).map(<[u8]>::len);
+            let sent = front.len() - left.as_ref().map_or(0, |left| *left);
+            queue.drain(..sent);
+            outbound.queue = queue;
+            left?;
+            outbound.active = true;
+        }
+        if outbound.queue.is_empty() && outbound.queue.capacity() > KEEP {
+            outbound.queue.shrink_to(KEEP);
+        }
+        self.close(outbound, &mut open)
+    }
+
+    /// Sends the peer a first message without content, to see whether the way is open.
+    ///
+    /// # Errors
+    /// The device does not take it.
+    pub fn greet(&self) -> Result<(), LostReason> {
+        self.post(&mut self.lock(), 0)
+    }
+
+    /// Sends heartbeats, and queued frames at the end of the stream: the writer thread's work.
+    pub fn write_loop(&self) {
+        crate::priority::raise();
+        // Looking twice an interval keeps the gap between two frames below one interval.
+        let interval = self.config.heartbeat / 2;
+        let mut next_look = Instant::now() + interval;
+        let mut outbound = self.lock();
+        while !outbound.ended {
+            let now = Instant::now();
+            let flushing = outbound.flush_until.is_some();
+            let result = if now >= next_look || flushing || !outbound.queue.is_empty() {
+                // An error of the device shows in what was sent.
+                self.retire(&mut outbound).and_then(|()| self.drain(&mut outbound))
+            } else {
+                Ok(())
+            };
+            if let Err(reason) = result {
+                self.give_up(&mut outbound, reason);
+                break;
+            }
+            if let Some(until) = outbound.flush_until {
+                let through = outbound.queue.is_empty() && outbound.retired == outbound.credits.sent();
+                if through || now >= until {
+                    break;
+                }
+            }
+            if now >= next_look {
+                next_look = now + interval;
+                if !std::mem::take(&mut outbound.active) && !flushing {
+                    let mut open = Open::default();
+                    let result = self
+                        .put_frame(&mut outbound, &mut open, HEARTBEAT, &[])
+                        .and_then(|()| self.close(&mut outbound, &mut open));
+                    if let Err(reason) = result {
+                        self.give_up(&mut outbound, reason);
+                        break;
+                    }
+                    outbound.active = false;
+                }
+            }
+            let busy = flushing || !outbound.queue.is_empty();
+            let wait = if busy { LOOK.min(interval) } else { next_look.saturating_duration_since(now) };
+            outbound = self.changed.wait_timeout(outbound, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        outbound.ended = true;
+        // The peer has everything by now, or never will; this is how it sees the end.
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Ends the stream because of an error. The first reason counts. The receiver, woken by the end of the
+    /// connection beside it, reports it: the caller may hold locks that the handler needs.
+    fn give_up(&self, outbound: &mut Outbound, reason: LostReason) {
+        let _ = self.lost.set(reason);
+        self.finish(outbound);
+    }
+
+    /// The receiver has seen the end: no more sending.
+    pub fn end(&self) {
+        self.finish(&mut self.lock());
+    }
+
+    fn finish(&self, outbound: &mut Outbound) {
+        outbound.ended = true;
+        outbound.queue = VecDeque::new();
+        self.changed.notify_one();
+        // Fails if the stream is gone, which is what we want.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Why the device broke the connection, as what was sent tells; to be asked when something failed.
+    pub fn cause(&self) -> Option<LostReason> {
+        let mut outbound = self.lock();
+        if outbound.ended { None } else { self.retire(&mut outbound).err() }
+    }
+
+    /// Refuses new frames, and lets the writer end the stream after what is queued, or at `until`.
+    pub fn flush(&self, until: Instant) {
+        self.lock().flush_until = Some(until);
+        self.changed.notify_one();
+    }
+
+    /// The counters' present values.
+    pub fn count(&self) -> PeerCount {
+        self.counters.get(self.lock().queue.len())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Outbound> {
+        // Nothing in here leaves the queue half changed.
+        self.outbound.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a failed request says of the peer.
+pub fn reason(failure: Failure) -> LostReason {
+    LostReason::Broken(match failure {
+        Failure::Unanswered => Errno(libc::ETIMEDOUT),
+        Failure::Flushed => Errno(libc::ENOTCONN),
+        Failure::Other(_) => Errno(libc::EIO),
+    })
+}
