@@ -148,6 +148,7 @@ class MachineTests:
         """What every transport promises, between two hosts; then boot, litmus tests and loss over RDMA."""
         self.up(hosts=2, cpus_each=1, mib_each=MIB_EACH)
         counts = contract(self.hosts)
+        self.one_host_lacks_rdma()
         with self.all_cpus_up("rdma", "--transport", "rdma") as machine:
             lines = [line for line in machine.said() if line.startswith("transport: ")]
             assert lines == ["transport: rdma (as asked: node 0 rxe0, node 1 rxe0)"], f"transport: {lines}"
@@ -160,6 +161,17 @@ class MachineTests:
             self.power_failure(machine)
         counts += Counts(passed=1)
         return counts
+
+    def one_host_lacks_rdma(self):
+        """RDMA asked for, but not everywhere: one line says where."""
+        self.hosts.shell("h1", "rdma link del rxe0")
+        with self.machine_over_all("rdma-lacking", INITRD_SHELL, "--transport", "rdma") as machine:
+            status = machine.await_end(60)
+            last = machine.said()[-1]
+        self.hosts.shell("h1", "rdma link add rxe0 type rxe netdev eth0")
+        assert status == 1, f"without RDMA on h1: exit status {status} instead of 1"
+        assert f"host {address(1)}: no RDMA device at {address(1)}" in last, f"without RDMA on h1: {last}"
+        say(f"     without RDMA on h1: {last}")
 
     def unplugged(self, machine):
         """Pulls h1's cable for 2 s while the guest boots, which has to go on."""

@@ -1,16 +1,15 @@
-//! The TCP transport over loopback: order, floods, peers that die, lie or fall silent.
+//! The TCP transport over loopback: peers that die, lie or fall silent. What every transport promises is
+//! tried in `contract`.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use krg_dsm::transport::{
     Config, HEARTBEAT, Handler, LostReason, MAX_PAYLOAD, Malformed, PeerEvent, SendError, TcpTransport, Transport,
-    TransportError,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -78,151 +77,6 @@ fn two_nodes(config: Config) -> [TcpTransport; 2] {
 
 fn lost(reason: LostReason) -> News {
     News::Event(PeerEvent::Lost { peer: 1, reason })
-}
-
-#[test]
-fn frames_arrive_whole_and_in_order() {
-    const COUNT: usize = 6000;
-    let [one, two] = two_nodes(Config::default());
-    let (_ours, theirs) = (record(&one), record(&two));
-    let body: Vec<u8> = (0..MAX_PAYLOAD).map(|at| (at * 7 % 251) as u8).collect();
-    let len = |number: usize| match number % 200 {
-        0 => MAX_PAYLOAD - 4,
-        kind => kind * 37,
-    };
-    let mut bytes = 0;
-    for number in 0..COUNT {
-        let (head, rest) = body[..len(number)].split_at(len(number) / 3);
-        let parts: [&[u8]; 3] = [&(number as u32).to_le_bytes(), head, rest];
-        one.send(1, (number % 5) as u8, &parts).unwrap();
-        bytes += 5 + 4 + len(number) as u64;
-    }
-    for number in 0..COUNT {
-        let News::Frame(peer, class, payload) = theirs.recv_timeout(PATIENCE).unwrap() else {
-            panic!("an event")
-        };
-        assert_eq!((peer, usize::from(class)), (0, number % 5));
-        assert_eq!(payload[..4], (number as u32).to_le_bytes());
-        assert!(payload[4..] == body[..len(number)], "frame {number}");
-    }
-    let (out, into) = (one.count(1), two.count(0));
-    for class in 0..5 {
-        assert_eq!(out.class(class).frames_out, COUNT as u64 / 5);
-        assert_eq!(into.class(class).frames_in, COUNT as u64 / 5);
-        assert_eq!(out.class(class).bytes_out, into.class(class).bytes_in);
-    }
-    let payloads: u64 = (0..5).map(|class| out.class(class).bytes_out).sum();
-    assert_eq!((payloads, out.queued), (bytes, 0));
-}
-
-#[test]
-fn a_frame_may_have_many_parts() {
-    let [one, two] = two_nodes(Config::default());
-    let theirs = record(&two);
-    let _ours = record(&one);
-    let words: Vec<[u8; 8]> = (0..100u64).map(u64::to_le_bytes).collect();
-    let parts: Vec<&[u8]> = words.iter().map(|word| &word[..]).collect();
-    for count in [0, 1, 7, 8, 9, 100] {
-        one.send(1, 1, &parts[..count]).unwrap();
-        let expected = words[..count].concat();
-        assert_eq!(
-            theirs.recv_timeout(PATIENCE).unwrap(),
-            News::Frame(0, 1, expected),
-            "{count} parts"
-        );
-    }
-}
-
-#[test]
-fn frames_sent_together_arrive_apart_and_in_order() {
-    let [one, two] = two_nodes(Config::default());
-    let (_ours, theirs) = (record(&one), record(&two));
-    let frames: Vec<Vec<u8>> = (0..50usize).map(|n| vec![n as u8; n * n]).collect();
-    for _ in 0..20 {
-        one.send_together(1, 3, &frames).unwrap();
-        for frame in &frames {
-            assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 3, frame.clone()));
-        }
-    }
-    assert_eq!(one.count(1).class(3).frames_out, 1000);
-    // One that can't be sent keeps the others back, too.
-    let broken = [vec![1], vec![0; MAX_PAYLOAD + 1]];
-    assert_eq!(one.send_together(1, 3, &broken), Err(SendError::TooLong { peer: 1, len: MAX_PAYLOAD + 1 }));
-    one.send(1, 4, &[b"next"]).unwrap();
-    assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 4, b"next".to_vec()));
-    assert_eq!(one.send_together(0, 3, &frames), Err(SendError::NoPeer { peer: 0 }));
-}
-
-/// Answers every request with two frames from inside the handler, under a lock that the senders
-/// hold, too.
-struct Answering {
-    transport: OnceLock<Arc<TcpTransport>>,
-    protocol: Mutex<()>,
-    frames: AtomicU64,
-    events: AtomicU64,
-}
-
-const REQUEST: u8 = 1;
-const ANSWER: u8 = 2;
-
-impl Handler for Answering {
-    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
-        let _protocol = self.protocol.lock().unwrap();
-        self.frames.fetch_add(1, Ordering::Relaxed);
-        if class == REQUEST {
-            let transport = self.transport.get().unwrap();
-            transport.send(peer, ANSWER, &[payload]).unwrap();
-            transport.send(peer, ANSWER, &[payload, b"again"]).unwrap();
-        }
-    }
-
-    fn event(&self, _: PeerEvent) {
-        self.events.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-#[test]
-fn floods_both_ways_do_not_deadlock() {
-    const REQUESTS: u64 = 400;
-    let nodes = two_nodes(Config::default()).map(|transport| {
-        let handler = Arc::new(Answering {
-            transport: OnceLock::new(),
-            protocol: Mutex::new(()),
-            frames: AtomicU64::new(0),
-            events: AtomicU64::new(0),
-        });
-        let transport = Arc::new(transport);
-        assert!(handler.transport.set(Arc::clone(&transport)).is_ok());
-        transport.start(Arc::clone(&handler) as Arc<dyn Handler>).unwrap();
-        (transport, handler)
-    });
-    let floods: Vec<_> = nodes
-        .iter()
-        .enumerate()
-        .map(|(node, (transport, handler))| {
-            let (transport, handler) = (Arc::clone(transport), Arc::clone(handler));
-            thread::spawn(move || {
-                for _ in 0..REQUESTS {
-                    let _protocol = handler.protocol.lock().unwrap();
-                    transport.send(1 - node, REQUEST, &[&[7; 100_000]]).unwrap();
-                }
-            })
-        })
-        .collect();
-    floods.into_iter().for_each(|flood| flood.join().unwrap());
-    let started = Instant::now();
-    while nodes
-        .iter()
-        .any(|(_, handler)| handler.frames.load(Ordering::Relaxed) < 3 * REQUESTS)
-    {
-        assert!(started.elapsed() < PATIENCE, "deadlock");
-        thread::sleep(Duration::from_millis(5));
-    }
-    for (node, (transport, handler)) in nodes.iter().enumerate() {
-        assert_eq!(transport.count(1 - node).class(ANSWER).frames_in, 2 * REQUESTS);
-        assert_eq!(handler.events.load(Ordering::Relaxed), 0);
-    }
-    nodes.iter().for_each(|(transport, _)| transport.shutdown());
 }
 
 #[test]
@@ -422,48 +276,6 @@ fn shutdown_sends_what_is_queued_and_is_prompt() {
     one.shutdown();
 }
 
-struct Stopping(OnceLock<Arc<TcpTransport>>, Mutex<mpsc::Sender<()>>);
-
-impl Handler for Stopping {
-    fn frame(&self, _: usize, _: u8, _: &[u8]) {
-        self.0.get().unwrap().shutdown();
-        self.1.lock().unwrap().send(()).unwrap();
-    }
-
-    fn event(&self, event: PeerEvent) {
-        panic!("{event}");
-    }
-}
-
-#[test]
-fn the_handler_may_shut_down() {
-    let (near, mut far) = pair();
-    let transport = Arc::new(TcpTransport::new(vec![None, Some(near)], quick()).unwrap());
-    let (sender, done) = mpsc::channel();
-    let handler = Arc::new(Stopping(OnceLock::new(), Mutex::new(sender)));
-    assert!(handler.0.set(Arc::clone(&transport)).is_ok());
-    transport.start(handler).unwrap();
-    far.write_all(&[0, 0, 0, 0, 1]).unwrap();
-    done.recv_timeout(PATIENCE).unwrap();
-}
-
-#[test]
-fn wrong_uses_are_refused() {
-    let (transport, _news, _far) = against_bare_peer(Config::default());
-    assert_eq!(transport.send(0, 1, &[]), Err(SendError::NoPeer { peer: 0 }));
-    assert_eq!(transport.send(2, 1, &[]), Err(SendError::NoPeer { peer: 2 }));
-    assert_eq!(transport.send(1, HEARTBEAT, &[]), Err(SendError::Reserved { peer: 1 }));
-    let len = MAX_PAYLOAD + 1;
-    assert_eq!(
-        transport.send(1, 1, &[&vec![0; len]]),
-        Err(SendError::TooLong { peer: 1, len })
-    );
-    let (sender, _receiver) = mpsc::channel();
-    let again = transport.start(Arc::new(Recorder(Mutex::new(sender))));
-    assert_eq!(again, Err(TransportError::Started));
-    assert_eq!(transport.count(9).total().frames_out, 0);
-}
-
 #[test]
 fn every_peer_has_its_own_stream() {
     let mut streams: HashMap<(usize, usize), TcpStream> = HashMap::new();
@@ -495,45 +307,4 @@ fn every_peer_has_its_own_stream() {
         senders.sort_unstable();
         assert_eq!(senders, (0..3).filter(|peer| *peer != node).collect::<Vec<_>>());
     }
-}
-
-struct Echo(OnceLock<Arc<TcpTransport>>);
-
-impl Handler for Echo {
-    fn frame(&self, peer: usize, _: u8, _: &[u8]) {
-        self.0
-            .get()
-            .unwrap()
-            .send(peer, ANSWER, &[&[0; 16], &[0; 4096]])
-            .unwrap();
-    }
-
-    fn event(&self, _: PeerEvent) {}
-}
-
-/// A request of 16 bytes answered by a page, the pattern of a read miss. The time is reported, not
-/// judged: it depends on the host.
-#[test]
-fn round_trip_of_a_page() {
-    let [one, two] = two_nodes(Config::default());
-    let news = record(&one);
-    let two = Arc::new(two);
-    let echo = Arc::new(Echo(OnceLock::new()));
-    assert!(echo.0.set(Arc::clone(&two)).is_ok());
-    two.start(echo).unwrap();
-    let mut times: Vec<Duration> = (0..2000)
-        .map(|_| {
-            let started = Instant::now();
-            one.send(1, REQUEST, &[&[0; 16]]).unwrap();
-            match news.recv_timeout(PATIENCE).unwrap() {
-                News::Frame(1, ANSWER, payload) => assert_eq!(payload.len(), 4112),
-                other => panic!("{other:?}"),
-            }
-            started.elapsed()
-        })
-        .collect();
-    times.sort_unstable();
-    println!("page over loopback TCP: p50 {:?}, p99 {:?}", times[1000], times[1980]);
-    one.shutdown();
-    two.shutdown();
 }
