@@ -5,6 +5,9 @@
 //! is released, so the order of messages is the order of the engine's steps. Machine messages are
 //! delivered after that, outside the lock.
 
+mod cache;
+mod upkeep;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +15,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::memory::{FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
+use cache::Cache;
+pub use cache::Copies;
+
+use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::protocol::{Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
@@ -25,9 +31,12 @@ pub const SETUP: u8 = 2;
 /// Roots are asked for again after this long at the earliest.
 const ROOTS_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Pages a node takes at once of what nobody wrote at home: 128 KiB. Filling them costs about what one
-/// fault does; sixteen would bring the most of it, 2 MiB waste memory.
+/// Pages a node takes at once of what nobody wrote at home, where it can't have the whole block: 128 KiB.
+/// Filling them costs about what one fault does; sixteen would bring the most of it.
 const ZERO_GROUP: u32 = 32;
+
+/// Longest wait of a fault for room among the copies: what can't be evicted must not stop the guest.
+const ROOM_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Pages asked for in one step, with the engine locked.
 const PREFETCH_AT_ONCE: u32 = 64;
@@ -83,6 +92,10 @@ pub struct Start {
     pub image: Range<u32>,
     /// Replicate page tables.
     pub replicate: bool,
+    /// How long no other node must have asked for a page of a block before it is private again.
+    pub merge_after: Duration,
+    /// Bytes of copies of other nodes' pages that there may be here.
+    pub cache: u64,
     /// A protocol bug to plant, for tests.
     pub bug: Option<Bug>,
 }
@@ -90,6 +103,7 @@ pub struct Start {
 struct State {
     engine: Engine<PAGE_WORDS>,
     memory: UffdMemory,
+    cache: Cache,
     out: Output<PAGE_WORDS>,
     encoded: Vec<Vec<u8>>,
     roots_asked: Instant,
@@ -122,6 +136,12 @@ pub struct Dsm {
     failed: AtomicBool,
     threads: Mutex<Vec<(FaultStop, JoinHandle<()>)>>,
     trace: Trace,
+    /// Threads of [`upkeep`].
+    upkeep: Mutex<Vec<JoinHandle<()>>>,
+    /// There are more copies than there may be.
+    full: Condvar,
+    /// There are fewer copies than before.
+    room: Condvar,
 }
 
 impl Dsm {
@@ -139,6 +159,9 @@ impl Dsm {
             failed: AtomicBool::new(false),
             threads: Mutex::default(),
             trace: Trace::default(),
+            upkeep: Mutex::default(),
+            full: Condvar::new(),
+            room: Condvar::new(),
         })
     }
 
@@ -158,16 +181,21 @@ impl Dsm {
         let shares: Vec<u32> = start.shares.iter().map(|bytes| (bytes >> 12) as u32).collect();
         let geometry = Geometry::new(&ranges, &shares);
         let kept: &[Range<u32>] = if start.me == 0 { &start.preloaded } else { &[] };
-        let (memory, sources) = UffdMemory::keeping(Arc::clone(&self.ram), shards(), kept).map_err(DsmError::Memory)?;
+        let first: u32 = shares.iter().take(start.me).sum();
+        let home = first..first + shares.get(start.me).copied().unwrap_or(0);
+        let limit = u32::try_from(start.cache >> 12).unwrap_or(u32::MAX);
+        let cache = Cache::new(self.ram.pages(), home.clone(), limit);
+        let (mut memory, sources) = UffdMemory::keeping(Arc::clone(&self.ram), shards(), kept).map_err(DsmError::Memory)?;
+        memory.set_home(home);
         let mut engine =
             Engine::new(start.me as NodeId, geometry, &start.preloaded, start.image.clone(), start.replicate);
-        engine.take_zeros_by(ZERO_GROUP);
+        engine.take_zeros_by(ZERO_GROUP, BLOCK_PAGES);
         if let Some(bug) = start.bug {
             engine.plant(bug);
         }
         let heat = vec![0; self.ram.pages() as usize];
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -179,6 +207,7 @@ impl Dsm {
                 .map_err(|e| DsmError::Thread(e.to_string()))?;
             threads.push((stop, thread));
         }
+        self.start_upkeep(start.merge_after)?;
         Ok(())
     }
 
@@ -192,11 +221,16 @@ impl Dsm {
     /// Addresses that are no RAM are left out.
     pub fn prefetch(&self, gpa: u64, len: u64, write: bool) {
         let frames = gpa >> 12..gpa.saturating_add(len).div_ceil(4096);
-        let geometry = match self.lock().as_ref() {
-            Some(state) => state.engine.geometry().clone(),
+        let (geometry, home) = match self.lock().as_ref() {
+            Some(state) => {
+                let full = state.memory.copies() >= state.cache.limit();
+                (state.engine.geometry().clone(), full.then(|| state.cache.home()))
+            }
             None => return,
         };
-        let mut pages = frames.filter_map(|frame| geometry.page_of_frame(frame)).peekable();
+        // Without room for copies, only what is at home.
+        let wanted = |page: &u32| home.as_ref().is_none_or(|home| home.contains(page));
+        let mut pages = frames.filter_map(|frame| geometry.page_of_frame(frame)).filter(wanted).peekable();
         while let Some(first) = pages.next() {
             let mut end = first + 1;
             while end - first < PREFETCH_AT_ONCE && pages.next_if_eq(&end).is_some() {
@@ -217,6 +251,16 @@ impl Dsm {
     /// Counters of the protocol here, and the replicas held; `None` before the start.
     pub fn counters(&self) -> Option<(Counters, usize)> {
         self.lock().as_ref().map(|s| (s.engine.counters(), s.engine.replicas()))
+    }
+
+    /// What happened to this node's blocks.
+    pub fn blocks(&self) -> BlockCounters {
+        self.lock().as_ref().map(|s| s.memory.block_counters()).unwrap_or_default()
+    }
+
+    /// The copies of other nodes' pages here.
+    pub fn copies(&self) -> Copies {
+        self.lock().as_ref().map(|s| s.cache.copies(s.memory.copies())).unwrap_or_default()
     }
 
     /// How long this node's faults took.
@@ -264,6 +308,7 @@ impl Dsm {
         }
         let state = self.lock().take();
         self.started.notify_all();
+        self.stop_upkeep();
         for (_, thread) in threads {
             if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
                 tracing::error!("a fault thread panicked");
@@ -311,8 +356,11 @@ impl Dsm {
             }
             guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
+        if let Input::Fault { page, .. } = input {
+            guard = self.await_room(guard, page);
+        }
         let Some(state) = guard.as_mut() else { return };
-        let State { engine, memory, out, encoded, roots_asked, heat, waiting, waited } = state;
+        let State { engine, memory, cache, out, encoded, roots_asked, heat, waiting, waited } = state;
         let mut faulted = None;
         if let Input::Fault { page, .. } = input {
             if let Some(count) = heat.get_mut(page as usize) {
@@ -320,6 +368,7 @@ impl Dsm {
             }
             faulted = Some((page, Instant::now()));
         }
+        let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
             result = Err(DsmError::Memory(error));
@@ -342,10 +391,14 @@ impl Dsm {
             tracing::info!(node, "nothing is shared with this node any more");
         }
         for page in out.completed.drain(..) {
+            cache.came(page);
             if let Some(since) = waiting.remove(&page) {
                 waited.faults += 1;
                 waited.total += since.elapsed();
             }
+        }
+        if memory.copies() != copies {
+            self.copies_changed(cache, copies, memory.copies());
         }
         let deliver = std::mem::take(&mut out.deliver);
         if std::mem::take(&mut out.want_roots) && roots_asked.elapsed() >= ROOTS_INTERVAL {

@@ -56,18 +56,22 @@ fn mesh(nodes: usize) -> Vec<Vec<Option<TcpStream>>> {
 }
 
 fn cluster(nodes: usize) -> Vec<Node> {
-    let share = PAGES / nodes as u64 * 4096;
+    cluster_of(nodes, PAGES, Duration::from_secs(10), u64::MAX)
+}
+
+fn cluster_of(nodes: usize, pages: u64, merge_after: Duration, cache: u64) -> Vec<Node> {
+    let share = pages / nodes as u64 * 4096;
     let shares: Vec<u64> = (0..nodes as u64)
         .map(|n| {
             if n + 1 == nodes as u64 {
-                PAGES * 4096 - share * n
+                pages * 4096 - share * n
             } else {
                 share
             }
         })
         .collect();
     let made = mesh(nodes).into_iter().enumerate().map(|(me, peers)| {
-        let ram = Arc::new(GuestRam::new(&[(0, PAGES * 4096)], true).unwrap());
+        let ram = Arc::new(GuestRam::new(&[(0, pages * 4096)], true).unwrap());
         let transport = Arc::new(TcpTransport::new(peers, Config::default()).unwrap());
         let guest = Arc::new(Guest::default());
         let dsm = Dsm::new(me, ram, transport.clone());
@@ -78,6 +82,8 @@ fn cluster(nodes: usize) -> Vec<Node> {
             preloaded: vec![],
             image: 0..0,
             replicate: true,
+            merge_after,
+            cache,
             bug: None,
         };
         dsm.start(start).unwrap();
@@ -243,7 +249,7 @@ fn what_node_0_loaded_is_there_even_where_it_wrote_nothing() {
         let dsm = Dsm::new(me, ram, transport.clone());
         transport.start(dsm.handler(guest.clone())).unwrap();
         let shares = vec![PAGES / 2 * 4096; 2];
-        let start = Start { me, shares, preloaded: vec![8..10, 40..41], image: 0..0, replicate: true, bug: None };
+        let start = Start { me, shares, preloaded: vec![8..10, 40..41], image: 0..0, replicate: true, merge_after: Duration::from_secs(10), cache: u64::MAX, bug: None };
         dsm.start(start).unwrap();
         nodes.push(Node { dsm, transport, guest });
     }
@@ -254,5 +260,112 @@ fn what_node_0_loaded_is_there_even_where_it_wrote_nothing() {
         assert_eq!(nodes[0].word(page, 0).load(SeqCst), 5);
     }
     assert_eq!(nodes[1].word(8, 3).load(SeqCst), 77);
+    stop(&nodes);
+}
+
+/// A sequence that looks random, the same in every run.
+fn next(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed
+}
+
+#[test]
+fn blocks_are_taken_split_and_merged_and_no_increment_is_lost() {
+    const BLOCKS: u64 = 8;
+    const EACH: u64 = 6000;
+    // Homes end in the middle of blocks.
+    let nodes = cluster_of(3, BLOCKS * 512, Duration::from_millis(100), u64::MAX);
+    let increment = |node: &Node, pages: std::ops::Range<u32>, seed: &mut u64| {
+        let page = pages.start + next(seed) as u32 % (pages.end - pages.start);
+        node.word(page, next(seed) as usize % 512).fetch_add(1, SeqCst);
+    };
+    let home = BLOCKS as u32 * 512 / 3;
+    // First everybody at home, then everybody everywhere, then nobody, then at home again.
+    let phase = |everywhere: bool, count: u64| {
+        std::thread::scope(|scope| {
+            for (me, node) in nodes.iter().enumerate() {
+                for thread in 0..2 {
+                    scope.spawn(move || {
+                        let mut seed = 0x9e37_79b9_7f4a_7c15 ^ ((me * 4 + thread * 2) as u64 + u64::from(everywhere)) << 32;
+                        let own = me as u32 * home..(me as u32 + 1) * home;
+                        let all = 0..BLOCKS as u32 * 512;
+                        (0..count).for_each(|_| increment(node, if everywhere { all.clone() } else { own.clone() }, &mut seed));
+                    });
+                }
+            }
+        });
+    };
+    phase(false, EACH);
+    let taken: u64 = nodes.iter().map(|n| n.dsm.blocks().taken).sum();
+    assert!(taken >= BLOCKS - 3, "{taken} blocks taken");
+    phase(true, EACH);
+    assert!(nodes.iter().all(|n| n.dsm.blocks().splits > 0));
+    // One node alone writes to all of a block that is another's at home.
+    for page in 0..512 {
+        nodes[1].word(page, 0).fetch_add(0x1_0000_0000, SeqCst);
+    }
+    let limit = std::time::Instant::now() + Duration::from_secs(20);
+    while nodes[1].dsm.blocks().merges == 0 {
+        assert!(std::time::Instant::now() < limit, "a block that only one node uses is not merged");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    phase(false, EACH / 10);
+    phase(true, EACH / 10);
+    let words = |node: &Node, page| (0..512).map(|word| node.word(page, word).load(SeqCst) & 0xffff_ffff).sum::<u64>();
+    let total: u64 = (0..BLOCKS as u32 * 512).map(|page| words(&nodes[2], page)).sum();
+    assert_eq!(total, 6 * (2 * EACH + 2 * (EACH / 10)));
+    stop(&nodes);
+}
+
+#[test]
+fn a_node_with_little_room_uses_more_memory_than_fits() {
+    const BYTES: u64 = 16 << 20;
+    const ROOM: u64 = 1 << 20;
+    // Node 0 has room for an eighth of what node 1 has at home.
+    let nodes = cluster_of(2, BYTES / 4096, Duration::from_secs(10), ROOM);
+    let pages = (BYTES / 4096) as u32;
+    let value = |page: u32, round: u64| u64::from(page) << 32 | round;
+    for round in 1..=2 {
+        for page in 0..pages {
+            nodes[0].word(page, 9).store(value(page, round), SeqCst);
+        }
+        for page in 0..pages {
+            assert_eq!(nodes[0].word(page, 9).load(SeqCst), value(page, round), "page {page} in round {round}");
+        }
+    }
+    // Copies that are only read go, too, while their owner keeps the page.
+    for page in 0..pages / 2 {
+        assert_eq!(nodes[1].word(page, 9).load(SeqCst), value(page, 2), "page {page} from its home");
+    }
+    for node in &nodes {
+        let (copies, evictions) = (node.dsm.copies(), node.dsm.counters().unwrap().0.evictions);
+        assert_eq!((copies.limit, copies.overruns), ((ROOM >> 12) as u32, 0));
+        assert!(copies.peak <= copies.limit + copies.limit / 16 + 64, "{copies:?}");
+        assert!(evictions > 1000, "{evictions} evictions");
+    }
+    stop(&nodes);
+}
+
+#[test]
+fn no_increment_is_lost_where_there_is_no_room() {
+    const EACH: u64 = 3000;
+    let nodes = cluster_of(3, 3 * 512, Duration::from_secs(10), 64 << 12);
+    std::thread::scope(|scope| {
+        for (me, node) in nodes.iter().enumerate() {
+            for thread in 0..2 {
+                scope.spawn(move || {
+                    let mut seed = 0x9e37_79b9_7f4a_7c15 ^ ((me * 2 + thread + 1) as u64) << 32;
+                    for _ in 0..EACH {
+                        node.word(next(&mut seed) as u32 % (3 * 512), 3).fetch_add(1, SeqCst);
+                    }
+                });
+            }
+        }
+    });
+    assert!(nodes.iter().all(|n| n.dsm.counters().unwrap().0.evictions > 0));
+    let total: u64 = (0..3 * 512).map(|page| nodes[1].word(page, 3).load(SeqCst)).sum();
+    assert_eq!(total, 6 * EACH);
     stop(&nodes);
 }

@@ -27,8 +27,9 @@ pub struct Cli {
 }
 
 const AFTER: &str = "\
-Hosts file: one host a line, `address[:port] [id=N] [cpus=N] [mem=SIZE] [disk=PATH]...`; `#` starts
-a comment; `nbmin=N` on a line of its own boots as soon as N hosts can be reached, without the rest.
+Hosts file: one host a line, `address[:port] [id=N] [cpus=N] [mem=SIZE] [cache=SIZE] [disk=PATH]...`; `#`
+starts a comment. mem= is the guest memory that is at home on a host, cache= what it may hold of other
+hosts' beside that. `nbmin=N` on a line of its own boots as soon as N hosts can be reached, without the rest.
 Nodes on this machine are started when none listens; on other hosts run `krg-vmm node`.
 
 Console: the guest's console is standard input and output. On a terminal, Ctrl-A x ends the machine

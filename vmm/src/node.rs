@@ -88,6 +88,8 @@ pub struct NodeSpec {
     /// CPUID leaves all hosts have in common, as computed by the front end from the nodes' offers;
     /// empty for a single host: its own.
     pub cpuid: Vec<CpuidLeaf>,
+    /// Bytes of copies of other hosts' pages that this node may hold.
+    pub cache: u64,
     /// TSC frequency of node 0 in kHz.
     pub tsc_khz: u32,
 }

@@ -8,6 +8,8 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
 /// 64-bit words a page.
 pub const PAGE_WORDS: usize = PAGE_SIZE / 8;
+/// Pages of a block: what one huge page maps, 2 MiB. Block `n` begins with page index `n * BLOCK_PAGES`.
+pub const BLOCK_PAGES: u32 = 512;
 
 /// One contiguous range of guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,10 +6,14 @@
 //! a [`Fault`] that a [`FaultSource`] hands to the protocol. It does not matter who touches: a
 //! vCPU inside KVM, a device thread, or the kernel on behalf of a system call.
 //!
+//! A 2 MiB block that only this node uses is *private*: it is taken out of userfaultfd, and the kernel
+//! maps it by one huge page (`blocks.rs`).
+//!
 //! Pages go by a dense *page index*: 0 for the first page of the first RAM range, with no gaps
 //! between ranges.
 
 mod access;
+mod blocks;
 mod compare;
 mod error;
 mod fault;
@@ -20,9 +24,10 @@ mod uffd;
 mod uffd_memory;
 
 pub use access::Access;
+pub use blocks::BlockCounters;
 pub use error::MemoryError;
 pub use fault::{Fault, FaultSource, FaultStop};
-pub use layout::{PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout, RamRange};
+pub use layout::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout, RamRange};
 pub use ram::{GuestRam, RamRegion};
 pub use uffd::Features;
 pub use uffd_memory::{MemoryState, UffdMemory};

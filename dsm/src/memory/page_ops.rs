@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 
 use crate::memory::uffd_memory::ZEROS_AT_ONCE;
-use crate::memory::{Access, PAGE_WORDS, UffdMemory, compare};
+use crate::memory::{Access, BLOCK_PAGES, PAGE_WORDS, UffdMemory, compare};
 use crate::protocol::Memory;
 
 /// The words of a page that is all zero.
@@ -17,6 +17,7 @@ impl Memory<PAGE_WORDS> for UffdMemory {
     fn protect(&mut self, page: u32) {
         let result = self
             .present(page, "protect")
+            .and_then(|()| self.share_block_of(page))
             .and_then(|()| self.at(page))
             .and_then(|(uffd, address)| uffd.write_protect(address, true));
         if self.keep(result).is_some() {
@@ -29,7 +30,11 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         let result = self
             .present(page, "unprotect")
             .and_then(|()| self.at(page))
-            .and_then(|(uffd, address)| uffd.write_protect(address, false));
+            .and_then(|(uffd, address)| match self.access(page) {
+                // Perhaps in a private block, which is not registered.
+                Access::Writable => uffd.wake(address),
+                _ => uffd.write_protect(address, false),
+            });
         if self.keep(result).is_some() {
             self.access.set(page, Access::Writable);
         }
@@ -56,12 +61,17 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         self.keep(result);
     }
 
-    /// Absent to present and writable, all zero; wakes those who wait for the pages.
+    /// Absent to present and writable, all zero; wakes those who wait for the pages. Whole blocks become
+    /// private.
     fn install_zeros(&mut self, pages: Range<u32>) {
         // Copied rather than UFFDIO_ZEROPAGE: that maps the kernel's one zero page, on which
         // write protection does not hold and whose first write costs another fault.
         let mut next = pages.start;
         while next < pages.end {
+            if next % BLOCK_PAGES == 0 && pages.end - next >= BLOCK_PAGES && self.take_block(next / BLOCK_PAGES) {
+                next += BLOCK_PAGES;
+                continue;
+            }
             let some = next..pages.end.min(next + ZEROS_AT_ONCE as u32);
             next = some.end;
             let result = self.try_install_zeros(some);
@@ -71,7 +81,10 @@ impl Memory<PAGE_WORDS> for UffdMemory {
 
     /// Present to absent; when it returns nobody can reach the old content. Later touches fault.
     fn discard(&mut self, page: u32) {
-        let result = self.present(page, "discard").and_then(|()| self.ram().discard(page));
+        let result = self
+            .present(page, "discard")
+            .and_then(|()| self.share_block_of(page))
+            .and_then(|()| self.ram().discard(page));
         if self.keep(result).is_some() {
             self.access.set(page, Access::Absent);
         }

@@ -7,10 +7,10 @@ use std::sync::atomic::AtomicU64;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::errno::Errno;
-use crate::memory::{MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout};
+use crate::memory::{BLOCK_PAGES, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout};
 
 /// Mappings start on this boundary, so that host and guest huge pages coincide.
-const HUGE_PAGE: u64 = 2 << 20;
+const HUGE_PAGE: u64 = (BLOCK_PAGES as u64) << PAGE_SHIFT;
 
 const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -48,9 +48,9 @@ unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
     /// Maps RAM for `ranges` (guest-physical address and length in bytes; ascending, disjoint,
-    /// whole pages). `coherent` RAM is meant for [`crate::memory::UffdMemory`]: 4 KiB pages only,
-    /// since a huge page would make neighbours present that nobody owns here. Other RAM asks for
-    /// huge pages. Neither is copied to child processes or core dumps.
+    /// whole pages). `coherent` RAM is meant for [`crate::memory::UffdMemory`]: 4 KiB pages only until
+    /// it is registered, since a huge page would make neighbours present that nobody owns here. Other
+    /// RAM asks for huge pages. Neither is copied to child processes or core dumps.
     ///
     /// # Errors
     /// Bad ranges, or a host that refuses the mapping.
@@ -197,6 +197,45 @@ impl GuestRam {
             advise(*host, range.len, libc::MADV_DONTNEED, "MADV_DONTNEED", true)?;
         }
         Ok(())
+    }
+
+    /// Allows huge pages. Under userfaultfd the kernel makes none where a page is absent.
+    pub(super) fn allow_huge_pages(&self) -> Result<(), MemoryError> {
+        for (range, host) in self.layout.ranges().iter().zip(&self.hosts) {
+            advise(*host, range.len, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE", true)?;
+        }
+        Ok(())
+    }
+
+    /// Makes every page of a block present and writable, in memory that is not under userfaultfd.
+    pub(super) fn populate(&self, block: u32) -> Result<(), MemoryError> {
+        let page = block * BLOCK_PAGES;
+        let bounds = MemoryError::Bounds { page, word: 0, pages: self.pages() };
+        let host = self.page(page).ok_or(bounds)?;
+        loop {
+            match advise(host, HUGE_PAGE, libc::MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE", true) {
+                Err(MemoryError::Advise { errno: Errno(libc::EINTR | libc::EAGAIN), .. }) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Has the kernel map a block whose pages are all present by one huge page, if it has one to spare.
+    /// Whether it did changes nothing but speed.
+    pub fn collapse(&self, block: u32) -> bool {
+        let host = self.page(block.saturating_mul(BLOCK_PAGES));
+        host.is_some_and(|host| advise(host, HUGE_PAGE, libc::MADV_COLLAPSE, "MADV_COLLAPSE", true).is_ok())
+    }
+
+    /// Whether a block lies in one range and at a boundary both in this process and for the guest, so that
+    /// the kernel and KVM can map it by one huge page.
+    pub(super) fn block_is_whole(&self, block: u32) -> bool {
+        let Some(first) = block.checked_mul(BLOCK_PAGES) else { return false };
+        let Some((_, range)) = self.layout.range_of(first) else { return false };
+        let Some(gpa) = self.gpa_of(first) else { return false };
+        first.saturating_add(BLOCK_PAGES) <= range.first + range.pages()
+            && gpa % HUGE_PAGE == 0
+            && self.host_of(first).is_some_and(|host| host % HUGE_PAGE == 0)
     }
 
     fn page(&self, page: u32) -> Option<NonNull<u8>> {

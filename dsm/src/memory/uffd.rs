@@ -88,6 +88,7 @@ const READ_WRITE: u64 = 3;
 
 const USERFAULTFD_IOC_NEW: libc::Ioctl = request(0, 0x00, 0);
 const UFFDIO_REGISTER: libc::Ioctl = request(READ_WRITE, 0x00, size_of::<Register>());
+const UFFDIO_UNREGISTER: libc::Ioctl = request(READ, 0x01, size_of::<Range>());
 const UFFDIO_WAKE: libc::Ioctl = request(READ, 0x02, size_of::<Range>());
 const UFFDIO_COPY: libc::Ioctl = request(READ_WRITE, 0x03, size_of::<Copy>());
 const UFFDIO_WRITEPROTECT: libc::Ioctl = request(READ_WRITE, 0x06, size_of::<WriteProtect>());
@@ -165,6 +166,19 @@ impl Uffd {
             });
         }
         Ok(())
+    }
+
+    /// From now on nothing in `len` bytes at `start` waits for us: what is absent is filled with zeros by
+    /// the kernel, what was protected becomes writable. Wakes those who wait for it.
+    ///
+    /// # Errors
+    /// The kernel's refusal (ENOMEM: too many mappings), after which the memory is registered as before.
+    pub fn unregister(&self, start: u64, len: u64) -> Result<(), MemoryError> {
+        let mut range = Range { start, len };
+        // SAFETY: the request matches the structure. It drops no content, and the memory was registered
+        // by `register`, whose caller vouched for it.
+        let result = unsafe { ioctl(self.fd.as_raw_fd(), UFFDIO_UNREGISTER, &mut range) };
+        result.map_err(|errno| self.failed("end of registration", start, errno))
     }
 
     /// Fills the absent pages from `address` on with `data`, read-only unless `writable`, and wakes

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::access::AccessMap;
+use crate::memory::blocks::Blocks;
 use crate::memory::uffd::{Features, Uffd};
 use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS};
 
@@ -32,6 +33,7 @@ pub struct UffdMemory {
     /// scale beyond a few faulting CPUs each.
     uffds: Vec<Arc<Uffd>>,
     pub(super) access: AccessMap,
+    pub(super) blocks: Blocks,
     failed: OnceLock<MemoryError>,
 }
 
@@ -74,7 +76,10 @@ impl UffdMemory {
         if let Some(beyond) = kept.iter().find(|r| r.start > r.end || r.end > ram.pages()) {
             return Err(MemoryError::Bounds { page: beyond.end, word: 0, pages: ram.pages() });
         }
-        for page in kept.iter().cloned().flatten() {
+        // All mappings that a range is split into later share what the kernel keeps of its first page
+        // (anon_vma): without that, neighbours of one kind would not become one mapping again.
+        let firsts = ram.layout().ranges().iter().map(|range| range.first).collect::<Vec<_>>();
+        for page in kept.iter().cloned().flatten().chain(firsts) {
             // A page nobody wrote is not there yet, and would fault for ever once registered. Two steps,
             // because adding nothing is something the compiler leaves out.
             if let Some(words) = ram.words(page) {
@@ -84,6 +89,7 @@ impl UffdMemory {
         }
         let mut memory = Self {
             access: AccessMap::new(ram.pages()),
+            blocks: Blocks::new(ram.pages()),
             ram,
             uffds,
             failed: OnceLock::new(),
@@ -103,6 +109,7 @@ impl UffdMemory {
             }
         }
         memory.discard_others(kept)?;
+        memory.ram.allow_huge_pages()?;
         let sources = memory
             .uffds
             .iter()
@@ -145,6 +152,16 @@ impl UffdMemory {
     /// The first error of any operation; once there is one, the node has to stop.
     pub fn failed(&self) -> Option<MemoryError> {
         self.failed.get().cloned()
+    }
+
+    /// Says which pages have their home at this node: the others are copies.
+    pub fn set_home(&mut self, home: Range<u32>) {
+        self.access.set_home(home);
+    }
+
+    /// Pages that are present here and have their home elsewhere.
+    pub fn copies(&self) -> u32 {
+        self.access.copies()
     }
 
     /// What the guest may do with a page now; absent beyond the last page.
@@ -250,6 +267,12 @@ impl UffdMemory {
         self.access
             .set(page, if writable { Access::Writable } else { Access::ReadOnly });
         Ok(())
+    }
+
+    /// The pages that have the userfaultfd of `page` in common with it: first, and the one past the last.
+    pub(super) fn stripe_of(page: u32) -> (u32, u32) {
+        let first = page - page % STRIPE_PAGES;
+        (first, first.saturating_add(STRIPE_PAGES))
     }
 
     /// The userfaultfd of a page, and its host address.

@@ -31,6 +31,8 @@ pub(super) enum Busy {
     Recall { requester: NodeId, owner: NodeId },
     /// A replica is taken back from these nodes, for `owner` (`None`: for home itself).
     Demotion { owner: Option<NodeId>, waiting: NodeSet, changes: Vec<Change> },
+    /// A copy goes that its node had no room for: until it says that it is gone.
+    Eviction { node: NodeId },
 }
 
 /// What home keeps of a replicated page: its level as a table, who has a replica, and the content all
@@ -100,6 +102,7 @@ impl<const W: usize> Directory<W> {
         let busy_fits = |(page, busy): (&u32, &Busy)| match busy {
             Busy::Request { by, owner } => node(*by) && node(*owner) && place(*page).names(*by),
             Busy::Recall { requester, owner } => node(*requester) && node(*owner) && requester != owner,
+            Busy::Eviction { node: of } => node(*of),
             Busy::Demotion { owner, waiting, changes } => {
                 self.masters.contains_key(page)
                     && owner.is_none_or(|owner| node(owner) && !waiting.contains(owner))
@@ -142,8 +145,8 @@ impl<const W: usize> Engine<W> {
         if self.geometry.home(page) == self.me { Ok(()) } else { Err(ProtocolError { from, what, page }) }
     }
 
-    /// As home: takes a page nobody wrote yet, and the untouched ones of its group. Nobody is asked: what
-    /// a later request sends comes after this step.
+    /// As home: takes a page nobody wrote yet, and the untouched block around it or the untouched pages of
+    /// its group. Nobody is asked: what a later request sends comes after this step.
     pub(super) fn take_untouched(&mut self, page: u32, memory: &mut impl Memory<W>) -> bool {
         let untouched = |engine: &mut Self, page| {
             engine.geometry.home(page) == engine.me && *engine.directory.place(page) == Place::Untouched
@@ -151,8 +154,13 @@ impl<const W: usize> Engine<W> {
         if !untouched(self, page) {
             return false;
         }
-        let first = page - page % self.zero_group;
-        let end = first.saturating_add(self.zero_group).min(self.geometry.pages());
+        let around = |size: u32, pages: u32| {
+            let first = page - page % size;
+            first..first.saturating_add(size).min(pages)
+        };
+        let block = around(self.zero_block, self.geometry.pages());
+        let whole = block.len() == self.zero_block as usize && block.clone().all(|p| untouched(self, p));
+        let Range { start: first, end } = if whole { block } else { around(self.zero_group, self.geometry.pages()) };
         let mut next = first;
         while next < end {
             let run = next..(next..end).find(|&p| !untouched(self, p)).unwrap_or(end);

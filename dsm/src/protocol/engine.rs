@@ -67,6 +67,8 @@ pub enum Input<const W: usize> {
     Message { from: NodeId, message: Message<W> },
     /// The machine sends something to another node: leaves after everything the guest did before.
     Send { to: NodeId, bytes: Vec<u8> },
+    /// This node has no room for its copies of these pages.
+    Evict(Vec<u32>),
     /// CR3 of the vCPUs that run here, as pages.
     Roots(Vec<u32>),
     /// This node is lost: nothing of it comes any more.
@@ -119,11 +121,13 @@ pub struct Counters {
     pub zero_neighbours: u64,
     /// Requests for pages before anybody had touched them.
     pub prefetches: u64,
+    /// Copies this node asked home to take away.
+    pub evictions: u64,
     /// Pages received.
     pub pages_in: u64,
     /// Pages sent.
     pub pages_out: u64,
-    /// Copies dropped for another node's write.
+    /// Copies dropped because home said so: for another node's write, or evicted.
     pub invalidations: u64,
     /// Requests that ended without the page, since a node was lost.
     pub failures: u64,
@@ -165,6 +169,8 @@ pub struct Engine<const W: usize> {
     pub(super) bug: Option<Bug>,
     /// Untouched pages homed here are taken in aligned groups of this many.
     pub(super) zero_group: u32,
+    /// Untouched aligned blocks of this many, homed here, are taken whole.
+    pub(super) zero_block: u32,
     /// Only ever set by a planted bug.
     #[serde(skip)]
     late_discard: Option<u32>,
@@ -197,15 +203,17 @@ impl<const W: usize> Engine<W> {
             counters: Counters::default(),
             bug: None,
             zero_group: 1,
+            zero_block: 1,
             late_discard: None,
         }
     }
 
-    /// Has the first touch of a page nobody wrote, by its own home, take its untouched neighbours in an
-    /// aligned group of `pages` (a power of two), too: most memory is only ever used at home, and these
-    /// pages fault no more.
-    pub fn take_zeros_by(&mut self, pages: u32) {
-        self.zero_group = pages.max(1);
+    /// Has the first touch of a page nobody wrote, by its own home, take more along: all of an aligned block
+    /// of `block` pages if nobody wrote any of it, else its untouched neighbours in an aligned group of
+    /// `group` (powers of two). Most memory is only ever used at home, and these pages fault no more.
+    pub fn take_zeros_by(&mut self, group: u32, block: u32) {
+        self.zero_group = group.max(1);
+        self.zero_block = block.max(1);
     }
 
     /// Plants a bug, to show that the checks find it.
@@ -277,6 +285,7 @@ impl<const W: usize> Engine<W> {
         match input {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
+            Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
             Input::Message { from, message } if !self.gone.contains(from) => self.receive(from, message, memory, out)?,
@@ -316,7 +325,7 @@ impl<const W: usize> Engine<W> {
         }
     }
 
-    fn request(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    pub(super) fn request(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         if self.take_untouched(page, memory) {
             return out.completed.push(page);
         }
@@ -371,6 +380,7 @@ impl<const W: usize> Engine<W> {
             Message::Promote { page, requester, level, data } => {
                 self.home_promote(from, page, requester, level, data, memory, out)?;
             }
+            Message::Evict { page } => self.home_evict(from, page, memory, out)?,
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
             Message::Fetch { page, requester, write, acks, alone, table, done, migratory } => {
@@ -424,6 +434,7 @@ impl<const W: usize> Engine<W> {
                 let answer = if zero { Answer::Zero { done } } else { Answer::Upgrade { done } };
                 self.answer(from, page, acks, answer, memory, out)?;
             }
+            Message::InvalidateAck { page } if self.home_evicted(from, page, memory, out)? => {}
             Message::InvalidateAck { page } => {
                 match self.pending.get_mut(&page) {
                     Some(pending) if pending.answer.is_some() => {

@@ -132,6 +132,8 @@ impl<const W: usize> Engine<W> {
             Busy::Request { .. } => Ok(()),
             Busy::Recall { owner, .. } if *owner == node => self.resume(page, memory, out),
             Busy::Recall { .. } => Ok(()),
+            Busy::Eviction { node: of } if *of == node => self.resume(page, memory, out),
+            Busy::Eviction { .. } => Ok(()),
             Busy::Demotion { owner, waiting, .. } => {
                 if *owner == Some(node) {
                     *owner = None;

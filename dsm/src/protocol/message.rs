@@ -74,6 +74,8 @@ pub enum Message<const W: usize> {
     Recall { page: u32, requester: NodeId },
     /// Owner to home: whether it has the page still.
     Kept { page: u32, requester: NodeId, copy: bool },
+    /// To home: I have no room for my copy of this page.
+    Evict { page: u32 },
     /// Not ours: an interrupt, I/O, anything the machine sends. Ordered with, and released like, data.
     Machine(Vec<u8>),
 }
@@ -171,6 +173,7 @@ impl<const W: usize> Message<W> {
                 out.extend(requester.to_le_bytes());
                 out.push(u8::from(*copy));
             }
+            Evict { page } => head(out, 22, *page),
             Machine(bytes) => {
                 out.push(16);
                 out.extend(bytes);
@@ -231,6 +234,7 @@ impl<const W: usize> Message<W> {
             12 => Demote { page },
             13 => Drop { page },
             14 => Dropped { page, changes: r.changes()? },
+            22 => Evict { page },
             15 => Demoted { page, changes: r.changes()? },
             18 => {
                 let (lost, f) = (r.u16()?, r.u8()?);
@@ -275,7 +279,7 @@ impl<const W: usize> Message<W> {
             Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
-            Recall { page, .. } | Kept { page, .. } => Some(page),
+            Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Machine(_) => None,
         }
     }
@@ -403,6 +407,7 @@ mod tests {
             Gone { page: 4 },
             Recall { page: 4, requester: 999 },
             Kept { page: 4, requester: 999, copy: true },
+            Evict { page: 4 },
             Machine(b"anything".to_vec()),
         ]
     }

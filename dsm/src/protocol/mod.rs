@@ -11,6 +11,7 @@
 
 mod directory;
 mod engine;
+mod evict;
 mod fence;
 mod geometry;
 mod loss;

@@ -49,6 +49,7 @@ impl<const W: usize> Engine<W> {
             && engine.access.len() == pages
             && engine.taken.len() == pages
             && engine.zero_group > 0
+            && engine.zero_block > 0
             && engine.gone.fits(geometry.nodes())
             && !engine.gone.contains(engine.me)
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
@@ -121,6 +122,7 @@ mod tests {
             (r#""pending":{"5""#, r#""pending":{"500""#),
             (r#""owner":0"#, r#""owner":7"#),
             (r#""zero_group":1"#, r#""zero_group":0"#),
+            (r#""zero_block":1"#, r#""zero_block":0"#),
         ] {
             assert!(text.contains(from), "{from} in {text}");
             let damaged: EngineState<4> = serde_json::from_str(&text.replacen(from, to, 1)).unwrap();

@@ -273,6 +273,8 @@ impl Node {
             preloaded: std::iter::once(0..(LOADED >> 12) as u32).collect(),
             image: 0x10..(LOADED >> 12) as u32,
             replicate: true,
+            merge_after: Duration::from_secs(10),
+            cache: u64::MAX,
             bug: None,
         })?;
         let own: Vec<usize> = placement.hosts[me].vcpus.iter().map(|v| *v as usize).collect();

@@ -372,18 +372,22 @@ fn specs(
         page_tables: options.page_tables,
         transport,
         cpuid: common_cpuid(hosts, reporter)?,
+        cache: 0,
         tsc_khz: hosts[0].offer.kvm.as_ref().map_or(0, |kvm| kvm.tsc_khz),
     };
+    let caches = plan::caches(hosts, placement)?;
     for (number, share) in placement.hosts.iter().enumerate() {
         let (first, last) = (share.vcpus.first().unwrap_or(&0), share.vcpus.last().unwrap_or(&0));
         let text = format!(
-            "node {number} has vCPUs {first}-{last} and {}",
-            size::show(share.memory)
+            "node {number} has vCPUs {first}-{last} and {}{}",
+            size::show(share.memory),
+            if hosts.len() > 1 { format!(", with room for {} of the others'", size::show(caches[number])) } else { String::new() }
         );
-        let event = json!({"event": "placement", "node": number, "vcpus": share.vcpus, "memory": share.memory});
+        let event = json!({"event": "placement", "node": number, "vcpus": share.vcpus, "memory": share.memory,
+            "cache": caches[number]});
         reporter.event(&text, &event);
     }
-    Ok((0..hosts.len()).map(|node| NodeSpec { node, ..spec.clone() }).collect())
+    Ok((0..hosts.len()).map(|node| NodeSpec { node, cache: caches[node], ..spec.clone() }).collect())
 }
 
 /// The CPUID leaves all hosts share; empty for one host: its own.

@@ -1,6 +1,6 @@
 //! The hosts file: which hosts make up the cluster.
 //!
-//! One host a line, `address[:port] [id=N] [cpus=N] [mem=SIZE] [disk=PATH]...`; `#` starts a
+//! One host a line, `address[:port] [id=N] [cpus=N] [mem=SIZE] [cache=SIZE] [disk=PATH]...`; `#` starts a
 //! comment; a line `nbmin=N` says how many hosts have to answer before the machine boots.
 
 use std::fmt;
@@ -28,6 +28,8 @@ pub struct HostLine {
     pub cpus: Option<u32>,
     /// Limit on the guest memory it holds, in bytes.
     pub memory: Option<u64>,
+    /// Limit on the copies of other hosts' pages it holds beside that, in bytes.
+    pub cache: Option<u64>,
     /// Disk images on that host.
     pub disks: Vec<PathBuf>,
 }
@@ -144,6 +146,7 @@ impl HostsFile {
                 id: 0,
                 cpus: None,
                 memory: None,
+                cache: None,
                 disks: Vec::new(),
             };
             let mut id = None;
@@ -154,12 +157,13 @@ impl HostsFile {
                         0 => return Err(bad(line, word, "a host runs at least one vCPU")),
                         count => host.cpus = Some(count),
                     },
-                    Some(("mem", value)) => {
-                        host.memory =
-                            Some(super::size::parse(value).map_err(|reason| bad(line, word, &reason.to_string()))?);
+                    Some((name @ ("mem" | "cache"), value)) => {
+                        let size = super::size::parse(value).map_err(|reason| bad(line, word, &reason.to_string()))?;
+                        let limit = if name == "mem" { &mut host.memory } else { &mut host.cache };
+                        *limit = Some(size);
                     }
                     Some(("disk", value)) if !value.is_empty() => host.disks.push(value.into()),
-                    _ => return Err(bad(line, word, "not one of id=N, cpus=N, mem=SIZE, disk=PATH")),
+                    _ => return Err(bad(line, word, "not one of id=N, cpus=N, mem=SIZE, cache=SIZE, disk=PATH")),
                 }
             }
             explicit_ids.push(id);
@@ -282,14 +286,15 @@ mod tests {
     #[test]
     fn a_whole_file() {
         let file = parse(
-            "# the lab\n10.0.0.1 id=4 cpus=2 mem=1G disk=/a disk=/b\n\nalpha:99 # by name\n[fd00::1]:8000\nfd00::2\nnbmin=2\n",
+            "# the lab\n10.0.0.1 id=4 cpus=2 mem=1G cache=64M disk=/a disk=/b\n\nalpha:99 # by name\n[fd00::1]:8000\nfd00::2\nnbmin=2\n",
         )
         .unwrap();
         assert_eq!(file.nbmin, Some(2));
         assert_eq!(file.hosts.len(), 4);
         assert_eq!(file.hosts[0].id, 4);
         assert_eq!(file.hosts[0].socket(), "10.0.0.1:7447".parse().unwrap());
-        assert_eq!(file.hosts[0].memory, Some(1 << 30));
+        assert_eq!((file.hosts[0].memory, file.hosts[0].cache), (Some(1 << 30), Some(64 << 20)));
+        assert_eq!((file.hosts[1].memory, file.hosts[1].cache), (None, None));
         assert_eq!(file.hosts[0].disks, [PathBuf::from("/a"), PathBuf::from("/b")]);
         assert_eq!(file.hosts[1].socket(), "10.0.0.9:99".parse().unwrap());
         assert_eq!(file.hosts[2].to_string(), "[fd00::1]:8000");
@@ -315,6 +320,7 @@ mod tests {
             ("10.0.0.1 cpus=many", 1),
             ("10.0.0.1 cpus=0", 1),
             ("10.0.0.1 mem=12Q", 1),
+            ("10.0.0.1 cache=much", 1),
             ("10.0.0.1 disk=", 1),
             ("10.0.0.1:0", 1),
             ("10.0.0.1:70000", 1),

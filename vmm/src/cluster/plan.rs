@@ -10,6 +10,11 @@ use super::size;
 /// says `mem=`; the rest is for the host and for the copies of other hosts' pages.
 const SHARE: (u64, u64) = (3, 4);
 
+/// Of what is left then, this part is for copies of other hosts' pages unless its line says `cache=`.
+const CACHE: (u64, u64) = (3, 4);
+/// The least room for copies; with less, hosts only pass pages to and fro.
+const LEAST_CACHE: u64 = 8 << 20;
+
 /// One host that takes part.
 #[derive(Clone, Debug)]
 pub struct Candidate {
@@ -99,6 +104,26 @@ pub fn plan(hosts: &[Candidate], request: Request) -> Result<Placement, PlanErro
         }
     }
     Ok(placement)
+}
+
+/// Bytes of copies of other hosts' pages that each host may hold.
+///
+/// # Errors
+/// A `cache=` that is too small, or does not fit beside the host's share.
+pub fn caches(hosts: &[Candidate], placement: &Placement) -> Result<Vec<u64>, PlanError> {
+    let each = hosts.iter().zip(&placement.hosts).map(|(host, share)| {
+        let (count, _) = neighbours(host, hosts);
+        let rest = (host.offer.memory / count).saturating_sub(share.memory);
+        match host.line.cache {
+            None => Ok((rest / CACHE.1 * CACHE.0).max(LEAST_CACHE)),
+            Some(asked) if asked < LEAST_CACHE => Err(PlanError::Unfit {
+                host: host.line.to_string(),
+                reason: format!("cache={} is too little; it needs at least {}", size::show(asked), size::show(LEAST_CACHE)),
+            }),
+            Some(asked) => check_memory(host, share.memory.saturating_add(asked)).map(|()| asked),
+        }
+    });
+    each.collect()
 }
 
 fn check_fitness(hosts: &[Candidate]) -> Result<(), PlanError> {
@@ -233,6 +258,19 @@ mod tests {
         let placement = placement.unwrap();
         assert_eq!(placement.cpus(), 5);
         assert_eq!(placement.memory(), 2 * 768 << 20);
+    }
+
+    #[test]
+    fn what_is_left_is_for_copies() {
+        let caches = |lines: [&str; 2]| {
+            let hosts = lines.map(|line| host(line, line, 1, 1024));
+            caches(&hosts, &plan(&hosts, Request::default()).unwrap())
+        };
+        assert_eq!(caches(["10.0.0.1", "10.0.0.2 mem=512M"]), Ok(vec![192 << 20, 384 << 20]));
+        assert_eq!(caches(["10.0.0.1 cache=16M", "10.0.0.2"]), Ok(vec![16 << 20, 192 << 20]));
+        assert_eq!(caches(["10.0.0.1 mem=1G", "10.0.0.2 mem=1G"]), Ok(vec![LEAST_CACHE; 2]));
+        assert!(matches!(caches(["10.0.0.1", "10.0.0.2 cache=1M"]), Err(PlanError::Unfit { .. })));
+        assert!(matches!(caches(["10.0.0.1 mem=1G", "10.0.0.2 mem=1G cache=16M"]), Err(PlanError::Memory { .. })));
     }
 
     #[test]

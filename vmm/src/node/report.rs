@@ -49,6 +49,18 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
             c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.zero_neighbours, c.stale_faults, c.pages_in, c.pages_out,
             messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.conflicts
         );
+        let blocks = dsm.map(Dsm::blocks).unwrap_or_default();
+        line += &format!(
+            "; 2 MiB blocks: {} private, {} taken at the first touch, {} split, {} merged",
+            blocks.private, blocks.taken, blocks.splits, blocks.merges
+        );
+        figures["blocks"] = json!(blocks);
+        let copies = dsm.map(Dsm::copies).unwrap_or_default();
+        line += &format!(
+            "; copies of other hosts' pages: {} MiB, {} at most, of {}; {} evicted, {} overruns",
+            copies.pages >> 8, copies.peak >> 8, copies.limit >> 8, c.evictions, copies.overruns
+        );
+        figures["copies"] = json!(copies);
         let waited = dsm.map(Dsm::waited).unwrap_or_default();
         let mean_us = waited.total.as_secs_f64() * 1e6 / waited.faults.max(1) as f64;
         line += &format!("; a fault took {mean_us:.0} us on average");

@@ -30,6 +30,9 @@ use crate::machine::{Machine, MachineConfig};
 /// Longest wait for the others while starting. Loading a large image takes node 0 a while.
 const START_LIMIT: Duration = Duration::from_secs(120);
 
+/// A block of memory that no other node asked for a page of in this time goes back into one huge page.
+const MERGE_AFTER: Duration = Duration::from_secs(10);
+
 /// Counters are logged this often (KRG_LOG=info).
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -209,7 +212,7 @@ impl Node<'_> {
             return Err(Stop::Error("node 0 says it loaded memory that doesn't exist".into()));
         }
         let shares = self.spec.placement.hosts.iter().map(|h| h.memory).collect();
-        let start = Start { me: self.spec.node, shares, preloaded, image, replicate, bug: None };
+        let start = Start { me: self.spec.node, shares, preloaded, image, replicate, merge_after: MERGE_AFTER, cache: self.spec.cache, bug: None };
         self.dsm.start(start).map_err(|e| e.to_string())?;
         if self.spec.node == 0 {
             let mut errors = Vec::new();

@@ -28,6 +28,7 @@ fn plan(nodes: usize, vcpus: u32) -> Plan {
         vcpus,
         replicate: true,
         bug: None,
+        cache: u64::MAX,
     }
 }
 

@@ -45,6 +45,7 @@ pub fn plan(nodes: usize, vcpus: usize) -> Plan {
         vcpus: vcpus as u32,
         replicate: true,
         bug: None,
+        cache: u64::MAX,
     }
 }
 

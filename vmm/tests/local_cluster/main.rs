@@ -1,5 +1,6 @@
 //! Machines over two and three nodes, all of them on this machine's own KVM.
 
+mod capacity;
 #[path = "../machine/guest.rs"]
 mod guest;
 mod interrupts;

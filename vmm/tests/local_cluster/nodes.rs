@@ -7,8 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use krg_dsm::memory::GuestRam;
-use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::memory::{BlockCounters, GuestRam};
+use krg_dsm::node::{Client, Copies, Dsm, DsmError, Start};
 use krg_dsm::protocol::{Bug, Counters};
 use krg_dsm::transport::{Config, TcpTransport, Transport};
 use krg_guest_kernel::micro::{InitialRegs, PORT_DONE, PORT_FAULT, PORT_YIELD};
@@ -33,6 +33,8 @@ pub struct Plan {
     pub vcpus: u32,
     /// Page tables are replicated.
     pub replicate: bool,
+    /// Bytes of copies a node may have.
+    pub cache: u64,
     /// A protocol bug to plant.
     pub bug: Option<Bug>,
 }
@@ -175,6 +177,8 @@ impl Nodes {
                 // Where micro guests have their tables: roots within the image are taken for such.
                 image: 0x10..(LOADED >> 12) as u32,
                 replicate: plan.replicate,
+                merge_after: Duration::from_millis(300),
+                cache: plan.cache,
                 bug: plan.bug,
             };
             dsm.start(start).unwrap();
@@ -247,6 +251,16 @@ impl Nodes {
             .iter()
             .map(|node| node.dsm.counters().unwrap_or_default().0)
             .collect()
+    }
+
+    /// Copies of other nodes' pages, node by node.
+    pub fn copies(&self) -> Vec<Copies> {
+        self.nodes.iter().map(|node| node.dsm.copies()).collect()
+    }
+
+    /// Blocks of all nodes.
+    pub fn blocks(&self) -> Vec<BlockCounters> {
+        self.nodes.iter().map(|node| node.dsm.blocks()).collect()
     }
 
     /// Pages that went from one node to another.

@@ -94,7 +94,7 @@ fn three_nodes_lose_no_increment() {
 
 #[test]
 fn pages_taken_beside_another_are_as_coherent() {
-    for homes in [&[2, 0][..], &[0, 2], &[3, 0]] {
+    for (homes, group, block) in [(&[2, 0][..], 2, 1), (&[0, 2], 2, 1), (&[3, 0], 2, 1), (&[2, 0], 1, 2), (&[1, 2], 1, 2)] {
         let mut world = data(
             homes,
             vec![
@@ -102,7 +102,7 @@ fn pages_taken_beside_another_are_as_coherent() {
                 Cpu::new(1, &[Load(Y, 1), Store(Y, 1, 1), Load(X, 0)]),
             ],
         );
-        world.take_zeros_by(2);
+        world.take_zeros_by(group, block);
         holds("neighbours taken", world, 1, |w| {
             require(w.cpus[0].results[1] == 1 || w.cpus[1].results[1] == 1, || "both loads missed both stores".into())?;
             require(w.value(Y, 0) == 1 && w.value(Y, 1) == 1, || "a store is lost".into())
@@ -122,6 +122,38 @@ fn prefetches_change_nothing_that_a_guest_can_see() {
         );
         holds("prefetches", world, 1, |w| require(results(w) != [[0], [0]], || "both loads missed both stores".into()));
     }
+}
+
+/// One CPU of each node uses the pages, a further one wants to be rid of them at any moment.
+#[test]
+fn evictions_change_nothing_that_a_guest_can_see() {
+    for homes in [&[2, 0][..], &[1, 1]] {
+        let world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0)]),
+                Cpu::new(0, &[Evict(Y), Evict(X)]),
+                Cpu::new(1, &[Store(Y, 0, 1), Load(X, 0)]),
+                Cpu::new(1, &[Evict(X), Evict(Y)]),
+            ],
+        );
+        holds("evictions", world, 1, |w| {
+            let r = results(w);
+            require([&r[0], &r[2]] != [&[0], &[0]], || "both loads missed both stores".into())
+        });
+    }
+}
+
+#[test]
+fn three_nodes_lose_no_increment_to_evictions() {
+    // A page homed at node 1: node 0 writes, reads, gives up and writes again; node 2 gives up what it has.
+    let cpus = vec![
+        Cpu::new(0, &[Increment(X, 0), Evict(X), Increment(X, 0)]),
+        Cpu::new(1, &[Load(X, 0), Increment(X, 0)]),
+        Cpu::new(2, &[Load(X, 0), Increment(X, 0)]),
+        Cpu::new(2, &[Evict(X)]),
+    ];
+    holds("evicted increments", data(&[0, 1, 0], cpus), 0, |w| require(w.value(X, 0) == 4, || format!("{} of 4", w.value(X, 0))));
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub enum Op {
     Walk(u32, &'static [usize]),
     /// Has a page fetched, to write or to read, without waiting.
     Prefetch(u32, bool),
+    /// Its node has no room for a page.
+    Evict(u32),
     /// Interrupts a CPU.
     Interrupt(usize),
     /// Waits for an interrupt.
@@ -72,6 +74,7 @@ enum Tried {
     Fault(u32, bool),
     Interrupt(usize),
     Prefetch(u32, bool),
+    Evict(u32),
     Waiting,
 }
 
@@ -237,6 +240,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                 }
             }
             Op::Prefetch(page, write) => return Err(Tried::Prefetch(page, write)),
+            Op::Evict(page) => return Err(Tried::Evict(page)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
             Op::AwaitInterrupt => {
                 if cpu.interrupts == 0 {
@@ -306,8 +310,8 @@ impl World {
     }
 
     /// Every node takes untouched pages of its own in groups of `pages`.
-    pub fn take_zeros_by(&mut self, pages: u32) {
-        self.engines.iter_mut().for_each(|e| e.take_zeros_by(pages));
+    pub fn take_zeros_by(&mut self, group: u32, block: u32) {
+        self.engines.iter_mut().for_each(|e| e.take_zeros_by(group, block));
     }
 
     pub fn plant(&mut self, bug: Bug) {
@@ -367,6 +371,10 @@ impl World {
                     Tried::Prefetch(page, write) => {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Prefetch { pages: page..page + 1, write }, intrusion)
+                    }
+                    Tried::Evict(page) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::Evict(vec![page]), intrusion)
                     }
                     Tried::Interrupt(to) => {
                         self.cpus[c].at += 1;

@@ -1,0 +1,74 @@
+//! Copies go home: a node that wants room asks the home of a page to take it away.
+//!
+//! `Evict` is a hint. Home forgets it if the page is busy, and otherwise makes of it what it has in any
+//! case: the newest copy it requests for itself, as if somebody there were about to touch the page; a
+//! copy that is not the newest it has invalidated. So no message that is on its way can miss the page.
+
+use super::directory::Busy;
+use super::engine::{Access, Engine, Output, ProtocolError};
+use super::memory::Memory;
+use super::message::{Message, NodeId};
+use super::place::Place;
+
+impl<const W: usize> Engine<W> {
+    /// Asks the home of a page to take its copy away from here. Pages at home, replicas and pages under
+    /// way stay.
+    pub(super) fn evict(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let copy = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
+        let home = self.geometry.home(page);
+        if copy && home != self.me && !self.pending.contains_key(&page) {
+            self.counters.evictions += 1;
+            self.send(home, Message::Evict { page }, memory, out);
+        }
+    }
+
+    /// As home: `from` wants to be rid of its copy.
+    pub(super) fn home_evict(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        self.check_home(from, page, "Evict")?;
+        if from == self.me || self.directory.busy.contains_key(&page) || self.pending.contains_key(&page) {
+            return Ok(());
+        }
+        let place = self.directory.place(page).clone();
+        if !place.names(from) {
+            return Ok(());
+        }
+        let Ok((mut owner, mut sharers)) = place.into_owned() else { return Ok(()) };
+        if owner == from && !sharers.contains(self.me) {
+            // Others who read it go on doing so; then home has a copy, too, the next time it is asked.
+            self.request(page, sharers.is_empty(), memory, out);
+            return Ok(());
+        }
+        if owner == from {
+            owner = self.me;
+        }
+        sharers.remove(from);
+        sharers.remove(owner);
+        *self.directory.place(page) = Place::owned(owner, sharers);
+        self.directory.busy.insert(page, Busy::Eviction { node: from });
+        self.send(from, Message::Invalidate { page, requester: self.me }, memory, out);
+        Ok(())
+    }
+
+    /// As home: whether this acknowledgement ends an eviction. While there is one, home has no request of
+    /// its own that others acknowledge.
+    pub(super) fn home_evicted(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<bool, ProtocolError> {
+        let evicted = self.directory.busy.get(&page) == Some(&Busy::Eviction { node: from });
+        if evicted {
+            self.directory.busy.remove(&page);
+            self.serve_next(page, memory, out)?;
+        }
+        Ok(evicted)
+    }
+}

@@ -1,0 +1,196 @@
+//! Private blocks under a real userfaultfd: taken by one fault, mapped by a huge page, given back page by
+//! page, merged again. Needs root or /dev/userfaultfd; what is said of huge pages is left out where the
+//! host has them switched off.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use krg_dsm::memory::{Access, BLOCK_PAGES, BlockCounters, FaultSource, GuestRam, UffdMemory};
+use krg_dsm::protocol::Memory;
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn memory(mib: u64) -> (UffdMemory, Vec<FaultSource>) {
+    let ram = GuestRam::new(&[(0, mib * MIB)], true).unwrap();
+    UffdMemory::new(Arc::new(ram), 1).unwrap()
+}
+
+/// A touch in a thread of its own; its result arrives when it got through.
+fn touch<T: Send + 'static>(
+    memory: &UffdMemory,
+    action: impl FnOnce(&GuestRam) -> T + Send + 'static,
+) -> mpsc::Receiver<T> {
+    let ram = Arc::clone(memory.ram());
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(action(&ram)));
+    receiver
+}
+
+fn store(ram: &GuestRam, page: u32, word: usize, value: u64) {
+    ram.words(page).unwrap()[word].store(value, Ordering::SeqCst);
+}
+
+fn load(ram: &GuestRam, page: u32, word: usize) -> u64 {
+    ram.words(page).unwrap()[word].load(Ordering::SeqCst)
+}
+
+/// Whether the kernel makes huge pages for those who ask.
+fn huge_pages() -> bool {
+    fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|text| !text.contains("[never]"))
+}
+
+/// The process's mappings that overlap the RAM: how many, and KiB in huge pages.
+fn mappings(ram: &GuestRam) -> (usize, u64) {
+    let (start, end) = (ram.host_of(0).unwrap(), ram.host_of(ram.pages() - 1).unwrap() + 4096);
+    let (mut count, mut huge, mut inside) = (0, 0, false);
+    for line in fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if let Some((from, to)) = first.split_once('-') {
+            let address = |text| u64::from_str_radix(text, 16).unwrap();
+            inside = address(from) < end && address(to) > start;
+            count += usize::from(inside);
+        } else if inside && first == "AnonHugePages:" {
+            huge += words.next().unwrap().parse::<u64>().unwrap();
+        }
+    }
+    (count, huge)
+}
+
+fn faults_waiting(source: &mut FaultSource) -> usize {
+    // The stream's end is asked for in time, so that no fault is no hang.
+    let stop = source.stopper();
+    let timer = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        stop.stop();
+    });
+    let mut faults = Vec::new();
+    let some = source.next_batch(&mut faults).unwrap();
+    let count = faults.len();
+    timer.join().unwrap();
+    if some { count } else { 0 }
+}
+
+#[test]
+fn one_fault_takes_a_block_and_the_kernel_maps_it_by_one_huge_page() {
+    let (mut memory, mut sources) = memory(8);
+    let writer = touch(&memory, |ram| store(ram, 700, 3, 7));
+    let mut faults = Vec::new();
+    assert!(sources[0].next_batch(&mut faults).unwrap());
+    assert_eq!(faults[0].page, 700);
+    memory.install_zeros(512..1024);
+    writer.recv_timeout(PATIENCE).unwrap();
+    let everywhere = touch(&memory, |ram| (512..1024).map(|page| ram.words(page).unwrap()[0].fetch_add(1, Ordering::SeqCst)).sum::<u64>());
+    assert_eq!(everywhere.recv_timeout(PATIENCE).unwrap(), 0);
+    assert_eq!(faults_waiting(&mut sources[0]), 0, "a private block faults no more");
+    assert_eq!((load(memory.ram(), 700, 3), memory.access(700), memory.access(511)), (7, Access::Writable, Access::Absent));
+    assert_eq!(memory.block_counters(), BlockCounters { private: 1, taken: 1, ..BlockCounters::default() });
+    if huge_pages() {
+        assert_eq!(mappings(memory.ram()).1, 2048);
+    }
+    assert_eq!(memory.failed(), None);
+}
+
+#[test]
+fn a_private_block_is_given_away_page_by_page() {
+    let (mut memory, mut sources) = memory(8);
+    memory.install_zeros(512..1024);
+    store(memory.ram(), 512, 0, 5);
+    store(memory.ram(), 600, 1, 6);
+    // As the protocol gives a page away: frozen, read, dropped.
+    memory.protect(600);
+    let counters = memory.block_counters();
+    assert_eq!((counters.private, counters.splits), (0, 1));
+    assert_eq!(mappings(memory.ram()).1, 0, "a protected page needs a mapping of its own");
+    assert_eq!(memory.read(600)[1], 6);
+    // A page nobody ever touched is there, and is zero.
+    memory.protect(601);
+    assert!(memory.read(601).iter().all(|word| *word == 0));
+    memory.discard(600);
+
+    let writer = touch(&memory, |ram| store(ram, 601, 0, 1));
+    let reader = touch(&memory, |ram| load(ram, 600, 1));
+    let mut pages = Vec::new();
+    while pages.len() < 2 {
+        let mut faults = Vec::new();
+        assert!(sources[0].next_batch(&mut faults).unwrap());
+        pages.extend(faults.iter().map(|fault| (fault.page, fault.protected)));
+    }
+    pages.sort_unstable();
+    assert_eq!(pages, [(600, false), (601, true)]);
+    memory.unprotect(601);
+    memory.install(600, &[9; 512], false);
+    writer.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 9);
+    // The others are as they were, and need nobody.
+    let others = touch(&memory, |ram| (512..1024).filter(|page| *page != 600).map(|page| ram.words(page).unwrap()[0].fetch_add(1, Ordering::SeqCst)).sum::<u64>());
+    assert_eq!(others.recv_timeout(PATIENCE).unwrap(), 5 + 1);
+    assert_eq!(faults_waiting(&mut sources[0]), 0);
+    assert_eq!(memory.failed(), None);
+}
+
+#[test]
+fn a_block_whose_pages_are_all_ours_for_long_is_merged_with_its_content() {
+    let (mut memory, mut sources) = memory(8);
+    let ours = |_: u32| true;
+    for page in 0..512 {
+        memory.install(page, &[u64::from(page); 512], true);
+    }
+    let blocks = memory.blocks();
+    for round in 0..3 {
+        assert!(memory.merge_quiet(blocks, 3, ours).is_empty(), "round {round}");
+    }
+    // Somebody asks for a page: from the start again.
+    memory.protect(5);
+    memory.unprotect(5);
+    for _ in 0..3 {
+        assert!(memory.merge_quiet(blocks, 3, ours).is_empty());
+    }
+    assert!(memory.merge_quiet(blocks, 3, |page| page != 17).is_empty(), "others have a page");
+    assert_eq!(memory.merge_quiet(blocks, 3, ours), [0]);
+    let collapsed = memory.ram().collapse(0);
+    assert_eq!(memory.block_counters(), BlockCounters { private: 1, merges: 1, ..BlockCounters::default() });
+    if huge_pages() && collapsed {
+        assert_eq!(mappings(memory.ram()).1, 2048);
+    }
+    let content = touch(&memory, |ram| (0..512).all(|page| load(ram, page, 100) == u64::from(page)));
+    assert!(content.recv_timeout(PATIENCE).unwrap());
+    assert_eq!(faults_waiting(&mut sources[0]), 0);
+
+    memory.protect(511);
+    assert_eq!((memory.read(511)[0], memory.load(0, 9), memory.block_counters().splits), (511, 0, 1));
+    assert_eq!(memory.failed(), None);
+}
+
+#[test]
+fn neighbours_of_one_kind_are_one_mapping() {
+    let (mut memory, _sources) = memory(128);
+    let count = memory.ram().pages() / BLOCK_PAGES;
+    for block in (0..count).step_by(2).chain((1..count).step_by(2)) {
+        memory.install_zeros(block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES);
+        store(memory.ram(), block * BLOCK_PAGES, 0, 1);
+    }
+    assert_eq!((memory.block_counters().private, mappings(memory.ram()).0), (64, 1));
+    for block in 8..16 {
+        memory.protect(block * BLOCK_PAGES + 1);
+    }
+    assert_eq!((memory.block_counters().private, mappings(memory.ram()).0), (56, 3));
+    assert_eq!(memory.failed(), None);
+}
+
+#[test]
+fn a_saved_state_has_private_blocks_as_pages() {
+    let (mut memory, _sources) = memory(8);
+    memory.install_zeros(512..1024);
+    store(memory.ram(), 1000, 0, 3);
+    let state = memory.save();
+    assert_eq!(state.runs, [(512, 512, Access::Writable)]);
+    let (mut other, _other_sources) = self::memory(8);
+    other.restore(&state, |page| memory.read(page)).unwrap();
+    assert_eq!((other.load(1000, 0), other.load(1001, 0), other.save()), (3, 0, state));
+}
