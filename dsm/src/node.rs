@@ -19,7 +19,8 @@ use cache::Cache;
 pub use cache::Copies;
 
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
-use crate::protocol::{Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::prefetch::{Accuracy, Predictor};
+use crate::protocol::{Bug, Counters, Engine, Geometry, Input, MOST_AHEAD, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 
@@ -112,6 +113,7 @@ struct State {
     /// Pages this node waits for, since when.
     waiting: HashMap<u32, Instant>,
     waited: Waited,
+    predictor: Predictor,
 }
 
 /// How long faults took from the event's arrival here to the page's.
@@ -142,6 +144,8 @@ pub struct Dsm {
     full: Condvar,
     /// There are fewer copies than before.
     room: Condvar,
+    /// Read faults are watched for streams, whose pages are asked for ahead of need.
+    ahead: AtomicBool,
 }
 
 impl Dsm {
@@ -162,6 +166,7 @@ impl Dsm {
             upkeep: Mutex::default(),
             full: Condvar::new(),
             room: Condvar::new(),
+            ahead: AtomicBool::new(true),
         })
     }
 
@@ -195,7 +200,7 @@ impl Dsm {
         }
         let heat = vec![0; self.ram.pages() as usize];
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -268,6 +273,16 @@ impl Dsm {
         self.lock().as_ref().map(|s| s.waited).unwrap_or_default()
     }
 
+    /// Has streams of read faults bring the pages ahead of them, as they do from the start, or not.
+    pub fn read_ahead(&self, on: bool) {
+        self.ahead.store(on, Ordering::Relaxed);
+    }
+
+    /// What came of the pages asked for ahead of streams.
+    pub fn accuracy(&self) -> Accuracy {
+        self.lock().as_ref().map(|s| s.predictor.accuracy()).unwrap_or_default()
+    }
+
     /// Notes from now on when the parts of faults happen, or no longer.
     pub fn trace(&self, on: bool) {
         self.trace.switch(on);
@@ -331,7 +346,10 @@ impl Dsm {
                     let now = self.trace.now();
                     for fault in &faults {
                         self.trace.mark(now, Stage::Detected, fault.page);
-                        self.step(self.me, Input::Fault { page: fault.page, write: fault.write });
+                        let waits = self.step(self.me, Input::Fault { page: fault.page, write: fault.write });
+                        if waits && !fault.write && self.ahead.load(Ordering::Relaxed) {
+                            self.follow(fault.thread, fault.page);
+                        }
                     }
                 }
                 Ok(false) => return,
@@ -347,20 +365,41 @@ impl Dsm {
         }
     }
 
-    /// One step of the engine and all that follows from it.
-    fn step(&self, from: usize, input: Input<PAGE_WORDS>) {
+    /// Asks for what a thread is going to read next, if its faults show that. The fault itself, which
+    /// somebody waits for, has been asked for before.
+    fn follow(&self, thread: u32, page: u32) {
+        let mut ask = Vec::new();
+        // Nothing is evicted for pages that may never be read.
+        match self.lock().as_mut() {
+            Some(state) if state.memory.copies() < state.cache.limit() => state.predictor.fault(thread, page, &mut ask),
+            _ => return,
+        }
+        while let Some(&first) = ask.iter().min() {
+            let mut wanted = 0;
+            ask.retain(|page| {
+                let here = page - first < MOST_AHEAD;
+                wanted |= if here { 1 << (page - first) } else { 0 };
+                !here
+            });
+            self.step(self.me, Input::Ahead { first, wanted });
+        }
+    }
+
+    /// One step of the engine and all that follows from it. Whether it was a fault on a page that another
+    /// node has to send.
+    fn step(&self, from: usize, input: Input<PAGE_WORDS>) -> bool {
         let mut guard = self.lock();
         while guard.is_none() {
             if self.stopping.load(Ordering::SeqCst) {
-                return;
+                return false;
             }
             guard = self.started.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         if let Input::Fault { page, .. } = input {
             guard = self.await_room(guard, page);
         }
-        let Some(state) = guard.as_mut() else { return };
-        let State { engine, memory, cache, out, encoded, roots_asked, heat, waiting, waited } = state;
+        let Some(state) = guard.as_mut() else { return false };
+        let State { engine, memory, cache, out, encoded, roots_asked, heat, waiting, waited, .. } = state;
         let mut faulted = None;
         if let Input::Fault { page, .. } = input {
             if let Some(count) = heat.get_mut(page as usize) {
@@ -376,6 +415,7 @@ impl Dsm {
         let now = self.trace.now();
         out.completed.iter().for_each(|page| self.trace.mark(now, Stage::Installed, *page));
         self.transmit(out, encoded);
+        let waits = faulted.is_some_and(|(page, _)| engine.is_pending(page));
         if let Some((page, since)) = faulted {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
@@ -420,6 +460,7 @@ impl Dsm {
         if let Err(error) = result {
             self.fail(error);
         }
+        waits
     }
 
     /// Hands the messages of a step to the transport: those to one node together, in their order.
@@ -429,16 +470,20 @@ impl Dsm {
             None => Vec::new(),
         };
         while let Some(&(to, _)) = out.sends.first() {
-            encoded.clear();
+            let mut count = 0;
             out.sends.retain(|(node, message)| {
                 if *node == to {
-                    let mut bytes = Vec::new();
-                    message.encode(&mut bytes);
-                    encoded.push(bytes);
+                    // The buffers stay, with their memory.
+                    if encoded.len() == count {
+                        encoded.push(Vec::new());
+                    }
+                    encoded[count].clear();
+                    message.encode(&mut encoded[count]);
+                    count += 1;
                 }
                 *node != to
             });
-            if let Err(error) = self.transport.send_together(usize::from(to), PROTOCOL, encoded) {
+            if let Err(error) = self.transport.send_together(usize::from(to), PROTOCOL, &encoded[..count]) {
                 // The transport tells of a lost peer by an event; anything else is our own fault.
                 tracing::debug!(%error, "a protocol message was not sent");
             }
@@ -472,7 +517,7 @@ impl Handler for Receiver {
                     if let Some(page) = message.page() {
                         self.0.trace.mark(now, Stage::Received, page);
                     }
-                    self.0.step(peer, Input::Message { from: peer as NodeId, message })
+                    self.0.step(peer, Input::Message { from: peer as NodeId, message });
                 }
                 Err(reason) => self.0.fail(DsmError::Malformed { from: peer, reason }),
             },

@@ -19,10 +19,27 @@ impl Memory<PAGE_WORDS> for UffdMemory {
             .present(page, "protect")
             .and_then(|()| self.share_block_of(page))
             .and_then(|()| self.at(page))
-            .and_then(|(uffd, address)| uffd.write_protect(address, true));
+            .and_then(|(uffd, address)| uffd.write_protect(address, 1, true));
         if self.keep(result).is_some() {
             self.access.set(page, Access::ReadOnly);
         }
+    }
+
+    /// The same for neighbours, in one request for as many as the host has side by side.
+    fn protect_range(&mut self, pages: Range<u32>) {
+        let checked = pages.clone().try_for_each(|page| {
+            self.present(page, "protect")?;
+            self.share_block_of(page)
+        });
+        let result = checked.and_then(|()| {
+            self.side_by_side(pages, |memory, run| {
+                let (uffd, address) = memory.at(run.start)?;
+                uffd.write_protect(address, run.len(), true)?;
+                run.for_each(|page| memory.access.set(page, Access::ReadOnly));
+                Ok(())
+            })
+        });
+        self.keep(result);
     }
 
     /// Present to writable; wakes those who wait for the page.
@@ -33,7 +50,7 @@ impl Memory<PAGE_WORDS> for UffdMemory {
             .and_then(|(uffd, address)| match self.access(page) {
                 // Perhaps in a private block, which is not registered.
                 Access::Writable => uffd.wake(address),
-                _ => uffd.write_protect(address, false),
+                _ => uffd.write_protect(address, 1, false),
             });
         if self.keep(result).is_some() {
             self.access.set(page, Access::Writable);
@@ -44,6 +61,12 @@ impl Memory<PAGE_WORDS> for UffdMemory {
     /// words may be from different moments. Zeros after an error.
     fn read(&self, page: u32) -> Box<[u64; PAGE_WORDS]> {
         let mut copy = Box::new(ZERO);
+        self.read_into(page, &mut copy);
+        copy
+    }
+
+    /// The same. After an error `copy` is as it was.
+    fn read_into(&self, page: u32, copy: &mut [u64; PAGE_WORDS]) {
         if self.keep(self.present(page, "read")).is_some() {
             if let Some(words) = self.ram().words(page) {
                 for (to, from) in copy.iter_mut().zip(words) {
@@ -52,12 +75,27 @@ impl Memory<PAGE_WORDS> for UffdMemory {
             }
             fence(Ordering::Acquire);
         }
-        copy
     }
 
     /// Absent to present with `data`, read-only unless `writable`; wakes those who wait for it.
     fn install(&mut self, page: u32, data: &[u64; PAGE_WORDS], writable: bool) {
         let result = self.try_install(page, data, writable, "install");
+        self.keep(result);
+    }
+
+    /// The same for neighbours, in one request for as many as the host has side by side.
+    fn install_range(&mut self, first: u32, data: &[[u64; PAGE_WORDS]], writable: bool) {
+        let pages = first..first.saturating_add(data.len() as u32);
+        let access = if writable { Access::Writable } else { Access::ReadOnly };
+        let checked = pages.clone().try_for_each(|page| self.expect(page, "install", Access::Absent));
+        let result = checked.and_then(|()| {
+            self.side_by_side(pages, |memory, run| {
+                let (uffd, address) = memory.at(run.start)?;
+                uffd.copy(address, &data[(run.start - first) as usize..(run.end - first) as usize], writable)?;
+                run.for_each(|page| memory.access.set(page, access));
+                Ok(())
+            })
+        });
         self.keep(result);
     }
 

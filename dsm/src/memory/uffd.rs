@@ -206,16 +206,16 @@ impl Uffd {
         })
     }
 
-    /// Makes the present page at `address` read-only, or writable again; the latter wakes those
-    /// who wait for it. All CPUs, and KVM's guests, see the change when this returns.
+    /// Makes `pages` present pages from `address` on read-only, or writable again; the latter wakes those
+    /// who wait for them. All CPUs, and KVM's guests, see the change when this returns.
     ///
     /// # Errors
     /// Memory that is not registered (ENOENT).
-    pub fn write_protect(&self, address: u64, protect: bool) -> Result<(), MemoryError> {
+    pub fn write_protect(&self, address: u64, pages: usize, protect: bool) -> Result<(), MemoryError> {
         let mut change = WriteProtect {
             range: Range {
                 start: address,
-                len: PAGE_SIZE as u64,
+                len: (pages * PAGE_SIZE) as u64,
             },
             mode: if protect { WRITEPROTECT_WP } else { 0 },
         };

@@ -275,6 +275,24 @@ impl UffdMemory {
         (first, first.saturating_add(STRIPE_PAGES))
     }
 
+    /// Calls `each` for runs of pages that are neighbours in this process, too, and belong to one userfaultfd.
+    pub(super) fn side_by_side(
+        &mut self,
+        pages: Range<u32>,
+        mut each: impl FnMut(&mut Self, Range<u32>) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
+        let mut next = pages.start;
+        while next < pages.end {
+            let first = next;
+            // A stripe has one userfaultfd, but may reach over the end of a RAM range.
+            let stripe = (first / STRIPE_PAGES + 1).saturating_mul(STRIPE_PAGES);
+            let range = self.ram.layout().range_of(first).map_or(stripe, |(_, range)| range.first + range.pages());
+            next = pages.end.min(stripe).min(range);
+            each(self, first..next)?;
+        }
+        Ok(())
+    }
+
     /// The userfaultfd of a page, and its host address.
     pub(super) fn at(&self, page: u32) -> Result<(&Uffd, u64), MemoryError> {
         let shard = (page / STRIPE_PAGES) as usize % self.uffds.len();

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::ahead::WRITTEN;
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
@@ -56,6 +57,8 @@ pub(super) struct Directory<const W: usize> {
     /// Pages that a node reads and then writes while nobody else reads them: the next reader is given
     /// the page to write at once. Locks and counters are such pages.
     migratory: BTreeSet<u32>,
+    /// The pages last given to a writer, newest last: those who only expect to read don't get them.
+    written: VecDeque<u32>,
 }
 
 impl<const W: usize> Directory<W> {
@@ -72,6 +75,7 @@ impl<const W: usize> Directory<W> {
             queues: BTreeMap::new(),
             masters: BTreeMap::new(),
             migratory: BTreeSet::new(),
+            written: VecDeque::new(),
         }
     }
 
@@ -93,7 +97,7 @@ impl<const W: usize> Directory<W> {
         }
         let node = |node: NodeId| usize::from(node) < nodes;
         let place = |page: u32| &self.places[(page - self.first) as usize];
-        let known = self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory);
+        let known = self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory).chain(&self.written);
         let owners_fit = self.places.iter().all(|place| match place.clone().into_owned() {
             Ok((owner, sharers)) => node(owner) && sharers.fits(nodes) && !sharers.contains(owner),
             Err(_) => true,
@@ -120,6 +124,53 @@ impl<const W: usize> Directory<W> {
             && self.masters.values().all(|m| (1..=pte::ROOT_LEVEL).contains(&m.level) && m.holders.fits(nodes))
             && self.busy.iter().all(busy_fits)
             && self.queues.iter().all(queue_fits)
+    }
+
+    /// Forgets what only counts history.
+    #[cfg(test)]
+    pub(super) fn forget_history(&mut self) {
+        self.written.clear();
+    }
+
+    /// Notes that `page` goes to a writer.
+    fn note_written(&mut self, page: u32) {
+        if self.written.back() == Some(&page) {
+            return;
+        }
+        self.written.retain(|other| *other != page);
+        if self.written.len() == WRITTEN {
+            self.written.pop_front();
+        }
+        self.written.push_back(page);
+    }
+
+    /// Whether a page goes from writer to writer, or went to one a short while ago.
+    pub(super) fn is_write_shared(&self, page: u32) -> bool {
+        self.migratory.contains(&page) || self.written.contains(&page)
+    }
+
+    /// The owner of a page that is somebody's and not busy, and whether `node` has a copy.
+    pub(super) fn owner_for(&mut self, page: u32, node: NodeId) -> Option<(NodeId, bool)> {
+        if self.busy.contains_key(&page) {
+            return None;
+        }
+        let place = self.place(page);
+        match *place {
+            Place::Owned { owner, .. } | Place::Crowded { owner, .. } => Some((owner, place.names(node))),
+            _ => None,
+        }
+    }
+
+    /// `node` reads a page from now on that is somebody's.
+    pub(super) fn add_sharer(&mut self, page: u32, node: NodeId) {
+        let place = std::mem::take(self.place(page));
+        *self.place(page) = match place.into_owned() {
+            Ok((owner, mut sharers)) => {
+                sharers.insert(node);
+                Place::owned(owner, sharers)
+            }
+            Err(place) => place,
+        };
     }
 
     pub(super) fn place(&mut self, page: u32) -> &mut Place {
@@ -269,6 +320,7 @@ impl<const W: usize> Engine<W> {
         let migratory = !write && alone && self.directory.migratory.contains(&page);
         let mut acks = NodeSet::new();
         if write {
+            self.directory.note_written(page);
             acks = std::mem::take(&mut sharers);
             acks.remove(from);
             if has_copy && owner != from {

@@ -63,6 +63,8 @@ pub enum Input<const W: usize> {
     Fault { page: u32, write: bool },
     /// Somebody here is about to touch pages that may not allow it.
     Prefetch { pages: Range<u32>, write: bool },
+    /// Somebody here is expected to read pages soon: bit n is the nth from `first` on.
+    Ahead { first: u32, wanted: u64 },
     /// A message arrived.
     Message { from: NodeId, message: Message<W> },
     /// The machine sends something to another node: leaves after everything the guest did before.
@@ -123,6 +125,8 @@ pub struct Counters {
     pub prefetches: u64,
     /// Copies this node asked home to take away.
     pub evictions: u64,
+    /// Of the pages asked for ahead of need, those home did not give.
+    pub prefetches_refused: u64,
     /// Pages received.
     pub pages_in: u64,
     /// Pages sent.
@@ -153,6 +157,8 @@ pub struct Engine<const W: usize> {
     pub(super) replicate: bool,
     pub(super) access: Vec<Access>,
     pub(super) pending: BTreeMap<u32, Pending<W>>,
+    /// Pages asked for by [`Message::Ask`], and whether somebody waits for them meanwhile: to write?
+    pub(super) ahead: BTreeMap<u32, Option<bool>>,
     pub(super) directory: Directory<W>,
     pub(super) tables: Tables<W>,
     pub(super) fence: Fence<W>,
@@ -194,6 +200,7 @@ impl<const W: usize> Engine<W> {
             replicate,
             access,
             pending: BTreeMap::new(),
+            ahead: BTreeMap::new(),
             tables: Tables::new(image),
             fence: Fence::default(),
             given: BTreeMap::new(),
@@ -226,6 +233,7 @@ impl<const W: usize> Engine<W> {
     pub(super) fn forget_history(&mut self) {
         self.counters = Counters::default();
         self.taken.fill(0);
+        self.directory.forget_history();
         self.fence.forget_history();
     }
 
@@ -236,7 +244,7 @@ impl<const W: usize> Engine<W> {
 
     /// Whether this node waits for a page.
     pub fn is_pending(&self, page: u32) -> bool {
-        self.pending.contains_key(&page)
+        self.pending.contains_key(&page) || self.ahead.contains_key(&page)
     }
 
     /// Requests of this node that are not complete.
@@ -246,7 +254,7 @@ impl<const W: usize> Engine<W> {
 
     /// Whether anything waits here for another node.
     pub fn quiet(&self) -> bool {
-        self.pending.is_empty() && self.fence.is_open() && self.directory.quiet()
+        self.pending.is_empty() && self.ahead.is_empty() && self.fence.is_open() && self.directory.quiet()
     }
 
     /// Counters since the start.
@@ -286,6 +294,7 @@ impl<const W: usize> Engine<W> {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
+            Input::Ahead { first, wanted } => self.ask_ahead(first, wanted, memory, out),
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
             Input::Message { from, message } if !self.gone.contains(from) => self.receive(from, message, memory, out)?,
@@ -309,6 +318,11 @@ impl<const W: usize> Engine<W> {
             self.counters.stale_faults += 1;
             return;
         }
+        if let Some(waits) = self.ahead.get_mut(&page) {
+            self.counters.stale_faults += 1;
+            *waits = Some(write || *waits == Some(true));
+            return;
+        }
         match (access, write) {
             (Access::Shared, _) => self.counters.upgrade_faults += 1,
             (_, true) => self.counters.write_faults += 1,
@@ -319,7 +333,7 @@ impl<const W: usize> Engine<W> {
 
     /// As a fault that nobody waits for yet.
     fn prefetch(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
-        if !self.access[page as usize].allows(write) && !self.pending.contains_key(&page) {
+        if !self.access[page as usize].allows(write) && !self.is_pending(page) {
             self.counters.prefetches += 1;
             self.request(page, write, memory, out);
         }
@@ -512,6 +526,10 @@ impl<const W: usize> Engine<W> {
                 }
                 self.pending.remove(&page);
                 self.fail(page, out);
+            }
+            Message::Ask { page, wanted } => self.home_ask(from, page, wanted, memory, out)?,
+            Message::Given { page, wanted, given, data } => {
+                self.given_ahead(from, page, (wanted, given), &data, memory, out)?;
             }
             Message::Recall { page, requester } => {
                 if from != self.geometry.home(page) {

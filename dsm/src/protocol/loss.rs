@@ -60,6 +60,12 @@ impl<const W: usize> Engine<W> {
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
+        let asked: Vec<u32> = self.ahead.keys().copied().filter(|page| self.geometry.home(*page) == node).collect();
+        for page in asked {
+            if self.ahead.remove(&page).flatten().is_some() {
+                self.fail(page, out);
+            }
+        }
         let pages: Vec<u32> = self.pending.keys().copied().collect();
         for page in pages {
             let home = self.geometry.home(page);

@@ -21,6 +21,25 @@ pub(super) mod words {
     }
 }
 
+/// How the data of several pages are written down: one sequence of all words.
+pub(super) mod pages {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    use super::PageData;
+
+    pub fn serialize<S: Serializer, const W: usize>(data: &[PageData<W>], serializer: S) -> Result<S::Ok, S::Error> {
+        data.as_flattened().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const W: usize>(deserializer: D) -> Result<Vec<PageData<W>>, D::Error> {
+        let words = Vec::<u64>::deserialize(deserializer)?;
+        if words.len() % W != 0 {
+            return Err(D::Error::invalid_length(words.len(), &"the words of whole pages"));
+        }
+        Ok(words.chunks_exact(W).map(|page| page.try_into().expect("chunks of a page")).collect())
+    }
+}
+
 /// Guest memory of one node, page by page. Page numbers are dense indices over the RAM ranges.
 ///
 /// The running guest (vCPUs, hardware page walks, device threads) reads and writes present pages at
@@ -29,12 +48,24 @@ pub(super) mod words {
 pub trait Memory<const W: usize> {
     /// Present and writable becomes present and read-only: writers fault.
     fn protect(&mut self, page: u32);
+    /// [`Memory::protect`] of every page of a range.
+    fn protect_range(&mut self, pages: Range<u32>) {
+        pages.for_each(|page| self.protect(page));
+    }
     /// Present and read-only becomes writable; waiters are woken.
     fn unprotect(&mut self, page: u32);
     /// The content of a present page, each word read atomically.
     fn read(&self, page: u32) -> Box<PageData<W>>;
+    /// The same, into memory of the caller's.
+    fn read_into(&self, page: u32, data: &mut PageData<W>) {
+        *data = *self.read(page);
+    }
     /// Absent becomes present with `data`; waiters are woken.
     fn install(&mut self, page: u32, data: &PageData<W>, writable: bool);
+    /// [`Memory::install`] of neighbouring pages from `first` on.
+    fn install_range(&mut self, first: u32, data: &[PageData<W>], writable: bool) {
+        (first..).zip(data).for_each(|(page, data)| self.install(page, data, writable));
+    }
     /// Absent becomes present, all zero and writable, for every page of a range; waiters are woken.
     fn install_zeros(&mut self, pages: Range<u32>);
     /// Present becomes absent: whoever touches it faults.

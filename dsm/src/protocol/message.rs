@@ -4,7 +4,7 @@
 //! words. Nothing read from a peer is trusted: lengths are checked here, page numbers, node numbers
 //! and the message's place in the protocol by the engine.
 
-use super::memory::{PageData, words};
+use super::memory::{PageData, pages, words};
 use super::node_set::NodeSet;
 
 /// A node's number: its place in the hosts file.
@@ -76,6 +76,11 @@ pub enum Message<const W: usize> {
     Kept { page: u32, requester: NodeId, copy: bool },
     /// To home: I have no room for my copy of this page.
     Evict { page: u32 },
+    /// Requester to home: I expect to read these pages, from `page` on: bit n of `wanted` is the nth. Give me
+    /// those that cost nobody anything.
+    Ask { page: u32, wanted: u64 },
+    /// Home to requester: copies of the pages of `given` to read, in order; none of the others I was asked for.
+    Given { page: u32, wanted: u64, given: u64, #[serde(with = "pages")] data: Vec<PageData<W>> },
     /// Not ours: an interrupt, I/O, anything the machine sends. Ordered with, and released like, data.
     Machine(Vec<u8>),
 }
@@ -174,6 +179,16 @@ impl<const W: usize> Message<W> {
                 out.push(u8::from(*copy));
             }
             Evict { page } => head(out, 22, *page),
+            Ask { page, wanted } => {
+                head(out, 23, *page);
+                out.extend(wanted.to_le_bytes());
+            }
+            Given { page, wanted, given, data } => {
+                head(out, 24, *page);
+                out.extend(wanted.to_le_bytes());
+                out.extend(given.to_le_bytes());
+                data.iter().for_each(|words| put_plain_words(out, words));
+            }
             Machine(bytes) => {
                 out.push(16);
                 out.extend(bytes);
@@ -243,6 +258,11 @@ impl<const W: usize> Message<W> {
             19 => Gone { page },
             20 => Recall { page, requester: r.u16()? },
             21 => Kept { page, requester: r.u16()?, copy: flag(r.u8()?, 0) },
+            23 => Ask { page, wanted: r.u64()? },
+            24 => {
+                let (wanted, given) = (r.u64()?, r.u64()?);
+                Given { page, wanted, given, data: r.pages(given.count_ones())? }
+            }
             _ => return Err(Malformed),
         };
         if r.0.is_empty() { Ok(message) } else { Err(Malformed) }
@@ -251,7 +271,10 @@ impl<const W: usize> Message<W> {
     /// Whether what this message tells may let another host's guest act on what this host's guest
     /// did: page tables must be merged before it leaves.
     pub(super) fn releases(&self) -> bool {
-        matches!(self, Message::Data { .. } | Message::InvalidateAck { .. } | Message::Machine(_))
+        matches!(
+            self,
+            Message::Data { .. } | Message::Given { .. } | Message::InvalidateAck { .. } | Message::Machine(_)
+        )
     }
 
     /// Whether this message may overtake those that wait for a merge to be in place: requests, and
@@ -261,6 +284,7 @@ impl<const W: usize> Message<W> {
         !matches!(
             self,
             Data { .. }
+                | Given { .. }
                 | Grant { .. }
                 | Fetch { .. }
                 | Invalidate { .. }
@@ -280,6 +304,7 @@ impl<const W: usize> Message<W> {
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
+            Ask { page, .. } | Given { page, .. } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Machine(_) => None,
         }
     }
@@ -290,7 +315,16 @@ fn put_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
     let zero = words.iter().all(|w| *w == 0);
     out.push(u8::from(!zero));
     if !zero {
-        out.extend(words.iter().flat_map(|w| w.to_le_bytes()));
+        put_plain_words(out, words);
+    }
+}
+
+/// All words of a page, whatever they are.
+fn put_plain_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
+    let at = out.len();
+    out.resize(at + W * 8, 0);
+    for (bytes, word) in out[at..].chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
     }
 }
 
@@ -342,6 +376,21 @@ impl Reader<'_> {
 
     fn u32(&mut self) -> Result<u32, Malformed> {
         Ok(u32::from_le_bytes(self.take()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, Malformed> {
+        Ok(u64::from_le_bytes(self.take()?))
+    }
+
+    fn pages<const W: usize>(&mut self, count: u32) -> Result<Vec<PageData<W>>, Malformed> {
+        let len = count as usize * W * 8;
+        let (bytes, rest) = self.0.split_at_checked(len).ok_or(Malformed)?;
+        self.0 = rest;
+        let mut pages = vec![[0; W]; count as usize];
+        for (word, bytes) in pages.as_flattened_mut().iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = u64::from_le_bytes(bytes.try_into().expect("chunks of eight"));
+        }
+        Ok(pages)
     }
 
     fn words<const W: usize>(&mut self) -> Result<Box<PageData<W>>, Malformed> {
@@ -408,6 +457,9 @@ mod tests {
             Recall { page: 4, requester: 999 },
             Kept { page: 4, requester: 999, copy: true },
             Evict { page: 4 },
+            Ask { page: 9, wanted: 0b101 },
+            Given { page: 9, wanted: 0b101, given: 0b100, data: vec![[3, 4]] },
+            Given { page: 9, wanted: 3, given: 3, data: vec![[3, 4], [5, 6]] },
             Machine(b"anything".to_vec()),
         ]
     }

@@ -9,6 +9,7 @@
 //!
 //! ARCHITECTURE.md holds the argument: states, invariants, and why replicated tables are sound.
 
+mod ahead;
 mod directory;
 mod engine;
 mod evict;
@@ -26,6 +27,7 @@ pub mod pte;
 mod state;
 mod tables;
 
+pub use ahead::MOST_AHEAD;
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};

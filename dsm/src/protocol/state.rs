@@ -54,7 +54,7 @@ impl<const W: usize> Engine<W> {
             && !engine.gone.contains(engine.me)
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
             && engine.fence.fits(engine.me, geometry)
-            && engine.pending.keys().chain(engine.given.keys()).all(|page| (*page as usize) < pages)
+            && engine.pending.keys().chain(engine.ahead.keys()).chain(engine.given.keys()).all(|page| (*page as usize) < pages)
             && engine.directory.fits(engine.me, geometry)
             && engine.tables.fits(geometry);
         if fits { Ok(engine) } else { Err(StateError::Shape) }

@@ -1,5 +1,6 @@
 //! Socket options and waits beyond the standard library.
 
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -38,6 +39,19 @@ pub fn prepare(stream: &TcpStream, receive_timeout: Duration) -> Result<(), (&'s
         }
     }
     Ok(())
+}
+
+/// What the stream has, without waiting; `None` if there is nothing.
+pub fn receive_now(stream: &TcpStream, buffer: &mut [u8]) -> Option<io::Result<usize>> {
+    // SAFETY: the pointer and the length describe the buffer, whose bytes may take any value.
+    let got = unsafe { libc::recv(stream.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
+    if got >= 0 {
+        return Some(Ok(got as usize));
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::WouldBlock => None,
+        error => Some(Err(error)),
+    }
 }
 
 /// Waits until the stream takes more bytes, breaks, or `timeout` has passed.

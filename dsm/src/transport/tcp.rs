@@ -11,6 +11,7 @@ use crate::errno::Errno;
 use crate::transport::counters::PeerCount;
 use crate::transport::frame::{Decoder, HEADER, HEARTBEAT};
 use crate::transport::link::Link;
+use crate::spin::Spin;
 use crate::transport::threads::{FLUSH, LINGER, join, spawn};
 use crate::transport::{Handler, LostReason, PeerEvent, SendError, Transport, TransportError, socket};
 
@@ -207,8 +208,15 @@ impl Receiver {
         };
         let mut decoder = Decoder::new();
         let mut silent_steps = 0;
+        let mut spin = Spin::new();
         loop {
-            match (&self.link.stream).read(decoder.space()) {
+            let looked = spin.look(|| socket::receive_now(&self.link.stream, decoder.space()));
+            let received = looked.unwrap_or_else(|| {
+                let received = (&self.link.stream).read(decoder.space());
+                spin.woken();
+                received
+            });
+            match received {
                 Ok(0) => return lost(LostReason::Closed),
                 Ok(count) => decoder.filled(count),
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,

@@ -37,39 +37,61 @@ impl Bench {
     }
 }
 
+/// One way of going through the pages.
+struct Scan {
+    name: &'static str,
+    job: Job,
+    /// Pages are asked for ahead of need.
+    ahead: bool,
+    moved: Moved,
+    faults: u64,
+}
+
+impl Scan {
+    fn new(name: &'static str, stride: u64, ahead: bool) -> Self {
+        let job = Job::strided(Touch::Scan, BASE, PAGES / stride, stride);
+        Scan { name, job, ahead, moved: Moved::default(), faults: 0 }
+    }
+
+    fn run(&mut self, bench: &mut Bench) -> anyhow::Result<()> {
+        // The owner writes its pages again, so that it alone has them.
+        bench.peer.run(Job::forward(Touch::Fill, BASE, PAGES))?;
+        bench.node.dsm.read_ahead(self.ahead);
+        let before = bench.counters();
+        self.moved.add(self.job.count, bench.took(self.job)?);
+        let after = bench.counters();
+        bench.node.dsm.read_ahead(true);
+        self.faults += after.read_faults - before.read_faults;
+        Ok(())
+    }
+}
+
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
-    let (mut bare, mut local) = (Moved::default(), Moved::default());
-    let (mut sequential, mut strided) = (Moved::default(), Moved::default());
-    let mut faults = [0; 2];
-    for _ in 0..bench.rounds.div_ceil(2) {
-        bare.add(PAGES, bench.network.stream(PAGES * 4096)?.as_secs_f64() * 1e6);
-        bench.peer.run(Job::forward(Touch::Fill, BASE, PAGES))?;
-        let misses = |bench: &Bench| bench.counters().read_faults;
-        let before = misses(bench);
-        sequential.add(PAGES, bench.took(Job::forward(Touch::Scan, BASE, PAGES))?);
-        faults[0] += misses(bench) - before;
-        // The same again, all of it here now.
-        local.add(PAGES, bench.took(Job::forward(Touch::Scan, BASE, PAGES))?);
-        bench.peer.run(Job::forward(Touch::Fill, BASE, PAGES))?;
-        let before = misses(bench);
-        strided.add(
-            PAGES / STRIDE,
-            bench.took(Job::strided(Touch::Scan, BASE, PAGES / STRIDE, STRIDE))?,
-        );
-        faults[1] += misses(bench) - before;
+    let mut bare = Moved::default();
+    let mut scans = [
+        Scan::new("sequential", 1, true),
+        Scan::new("sequential, no prefetch", 1, false),
+        Scan::new("strided", STRIDE, true),
+        Scan::new("strided, no prefetch", STRIDE, false),
+    ];
+    let rounds = bench.rounds.div_ceil(2);
+    for _ in 0..rounds {
+        for scan in &mut scans {
+            bare.add(PAGES, bench.network.stream(PAGES * 4096)?.as_secs_f64() * 1e6);
+            scan.run(bench)?;
+        }
     }
     let figures = &bench.figures;
-    let rounds = bench.rounds.div_ceil(2) as f64;
     figures.section("Reading 32 MiB of the other node's memory; the floor is what TCP carries");
     figures.plain("bare TCP stream", bare.rate(), "MB/s");
-    figures.plain("the same pages again, here", local.rate(), "MB/s");
-    figures.floor("sequential", sequential.rate(), "MB/s", bare.rate());
-    figures.plain("sequential, faults", faults[0] as f64 / rounds / PAGES as f64, "a page");
-    figures.floor("strided", strided.rate(), "MB/s", bare.rate());
-    figures.plain(
-        "strided, faults",
-        faults[1] as f64 / rounds / (PAGES / STRIDE) as f64,
-        "a page",
-    );
+    for Scan { name, job, moved, faults, .. } in &scans {
+        figures.floor(name, moved.rate(), "MB/s", bare.rate());
+        figures.plain(&format!("{name}, faults"), *faults as f64 / (rounds * job.count) as f64, "a page");
+    }
+    let (accuracy, counters) = (bench.node.dsm.accuracy(), bench.counters());
+    figures.plain("pages asked for ahead of need", counters.prefetches as f64, "pages");
+    figures.plain("of those not given", counters.prefetches_refused as f64, "pages");
+    figures.plain("of those used", accuracy.used as f64, "pages");
+    figures.plain("of those wasted", accuracy.wasted as f64, "pages");
     Ok(())
 }

@@ -61,6 +61,12 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
             copies.pages >> 8, copies.peak >> 8, copies.limit >> 8, c.evictions, copies.overruns
         );
         figures["copies"] = json!(copies);
+        let ahead = dsm.map(Dsm::accuracy).unwrap_or_default();
+        line += &format!(
+            "; ahead of need: {} pages asked for ({} not given), of those before streams {} used, {} wasted",
+            c.prefetches, c.prefetches_refused, ahead.used, ahead.wasted
+        );
+        figures["read_ahead"] = json!(ahead);
         let waited = dsm.map(Dsm::waited).unwrap_or_default();
         let mean_us = waited.total.as_secs_f64() * 1e6 / waited.faults.max(1) as f64;
         line += &format!("; a fault took {mean_us:.0} us on average");

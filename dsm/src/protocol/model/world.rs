@@ -27,6 +27,8 @@ pub enum Op {
     Prefetch(u32, bool),
     /// Its node has no room for a page.
     Evict(u32),
+    /// Asks for pages ahead of need: the first, and which from there on.
+    Ahead(u32, u64),
     /// Interrupts a CPU.
     Interrupt(usize),
     /// Waits for an interrupt.
@@ -75,6 +77,7 @@ enum Tried {
     Interrupt(usize),
     Prefetch(u32, bool),
     Evict(u32),
+    Ahead(u32, u64),
     Waiting,
 }
 
@@ -239,6 +242,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                     return Ok(false);
                 }
             }
+            Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted)),
             Op::Prefetch(page, write) => return Err(Tried::Prefetch(page, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
@@ -375,6 +379,10 @@ impl World {
                     Tried::Evict(page) => {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Evict(vec![page]), intrusion)
+                    }
+                    Tried::Ahead(first, wanted) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::Ahead { first, wanted }, intrusion)
                     }
                     Tried::Interrupt(to) => {
                         self.cpus[c].at += 1;

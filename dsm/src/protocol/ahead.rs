@@ -1,0 +1,291 @@
+//! Pages asked for before anybody touches them, by the run.
+//!
+//! A node that expects to read pages asks their home for all of them at once. Home gives copies of those
+//! it owns itself, in one message, and refuses the rest: what another node owns, what is busy, a page
+//! table, a page that goes from writer to writer, and a page that was taken back for writing a short while
+//! ago. A refusal changes nothing anywhere. What is given is given as to a reader whose request home
+//! answers itself, so nobody says Done: whatever home sends next about the page comes behind it.
+
+use std::ops::Range;
+
+use super::engine::{Access, Engine, Output, ProtocolError};
+use super::memory::{Memory, PageData};
+use super::message::{Message, NodeId};
+
+/// Pages that a node names in one message: bit n stands for the nth page from the first on.
+pub const MOST_AHEAD: u32 = u64::BITS;
+
+/// Pages written last that are not given to those who only expect to read them.
+pub(super) const WRITTEN: usize = 64;
+
+/// The pages from `first` on whose bits are set.
+fn pages(first: u32, set: u64) -> impl Iterator<Item = u32> {
+    (0..MOST_AHEAD).filter(move |n| set >> n & 1 != 0).map(move |n| first.saturating_add(n))
+}
+
+/// The same as runs of neighbours.
+fn runs(first: u32, mut set: u64) -> impl Iterator<Item = Range<u32>> {
+    std::iter::from_fn(move || {
+        let start = set.trailing_zeros();
+        if start == MOST_AHEAD {
+            return None;
+        }
+        let len = (!(set >> start)).trailing_zeros().min(MOST_AHEAD - start);
+        set &= !(u64::MAX >> (MOST_AHEAD - len) << start);
+        Some(first + start..first + start + len)
+    })
+}
+
+impl<const W: usize> Engine<W> {
+    /// As for a page somebody is going to read: asks for those of `wanted`, from page `first` on, that are
+    /// not here nor under way and have the same home as the first.
+    pub(super) fn ask_ahead(&mut self, first: u32, wanted: u64, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        if first >= self.geometry.pages() {
+            return;
+        }
+        let home = self.geometry.home(first);
+        if self.gone.contains(home) {
+            return;
+        }
+        if home == self.me {
+            return self.fetch_ahead(first, wanted, memory, out);
+        }
+        let mut asked: u64 = 0;
+        for n in 0..MOST_AHEAD.min(self.geometry.pages() - first) {
+            let page = first + n;
+            let fits = wanted >> n & 1 != 0
+                && self.access[page as usize] == Access::Invalid
+                && self.geometry.home(page) == home
+                && !self.pending.contains_key(&page)
+                && !self.ahead.contains_key(&page);
+            if fits {
+                asked |= 1 << n;
+                self.ahead.insert(page, None);
+            }
+        }
+        if asked != 0 {
+            self.counters.prefetches += u64::from(asked.count_ones());
+            self.send(home, Message::Ask { page: first, wanted: asked }, memory, out);
+        }
+    }
+
+    /// The same for pages whose home this is: it knows which of them cost nobody anything, and has their owners
+    /// send those.
+    fn fetch_ahead(&mut self, first: u32, wanted: u64, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        for page in pages(first, wanted) {
+            let exists = page < self.geometry.pages() && self.geometry.home(page) == self.me;
+            if !exists || self.is_pending(page) {
+                continue;
+            }
+            let elsewhere = matches!(self.directory.owner_for(page, self.me), Some((owner, false)) if owner != self.me);
+            if elsewhere && self.tables.level(page).is_none() && !self.directory.is_write_shared(page) {
+                self.counters.prefetches += 1;
+                self.request(page, false, memory, out);
+            }
+        }
+    }
+
+    /// As home: gives what costs nobody anything.
+    pub(super) fn home_ask(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        wanted: u64,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let mut given = 0;
+        for page in pages(first, wanted) {
+            if page >= self.geometry.pages() || self.geometry.home(page) != self.me {
+                return Err(ProtocolError { from, what: "an Ask for a page of another home", page });
+            }
+            if self.spare(from, page)? {
+                given |= 1 << (page - first);
+            }
+        }
+        // Frozen first, as every page that leaves.
+        let frozen = pages(first, given)
+            .filter(|page| self.access[*page as usize] == Access::Exclusive)
+            .fold(0, |set, page| set | 1 << (page - first));
+        for run in runs(first, frozen) {
+            self.access[run.start as usize..run.end as usize].fill(Access::Shared);
+            memory.protect_range(run);
+        }
+        let mut data = vec![[0; W]; given.count_ones() as usize];
+        for (page, data) in pages(first, given).zip(&mut data) {
+            memory.read_into(page, data);
+            self.directory.add_sharer(page, from);
+        }
+        self.counters.pages_out += data.len() as u64;
+        self.send(from, Message::Given { page: first, wanted, given, data }, memory, out);
+        Ok(())
+    }
+
+    /// As home: whether a page can be given to `from`, who expects to read it.
+    fn spare(&mut self, from: NodeId, page: u32) -> Result<bool, ProtocolError> {
+        let Some((owner, has_copy)) = self.directory.owner_for(page, from) else { return Ok(false) };
+        if has_copy {
+            return Err(ProtocolError { from, what: "an Ask for a page it has", page });
+        }
+        let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
+        Ok(owner == self.me && here && self.tables.level(page).is_none() && !self.directory.is_write_shared(page))
+    }
+
+    /// Home's answer: pages of `given`, none of the others that were `wanted`.
+    pub(super) fn given_ahead(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        (wanted, given): (u64, u64),
+        data: &[PageData<W>],
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let bad = |page| Err(ProtocolError { from, what: "a Given nobody asked for", page });
+        if given & !wanted != 0 || data.len() != given.count_ones() as usize {
+            return bad(first);
+        }
+        let mut waiting = Vec::new();
+        for page in pages(first, wanted) {
+            let asked = page < self.geometry.pages() && self.geometry.home(page) == from;
+            match self.ahead.remove(&page).filter(|_| asked) {
+                Some(Some(write)) if given >> (page - first) & 1 == 0 => waiting.push((page, write)),
+                Some(_) => {}
+                None => return bad(page),
+            }
+        }
+        let mut rest = data;
+        for run in runs(first, given) {
+            let (some, more) = rest.split_at(run.len());
+            rest = more;
+            memory.install_range(run.start, some, false);
+            self.access[run.start as usize..run.end as usize].fill(Access::Shared);
+            out.completed.extend(run);
+        }
+        self.counters.pages_in += data.len() as u64;
+        self.counters.prefetches_refused += u64::from((wanted & !given).count_ones());
+        // Somebody came for these meanwhile: now it is a fault like any other.
+        for (page, write) in waiting {
+            self.request(page, write, memory, out);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Geometry, Input};
+    use super::*;
+
+    #[test]
+    fn runs_are_the_pages_in_order() {
+        for set in [0, 1, u64::MAX, 1 << 63, 0b1011_0111, u64::MAX << 3, u64::MAX >> 9, 0xaaaa_aaaa_aaaa_aaaa] {
+            let of_runs: Vec<u32> = runs(100, set).flatten().collect();
+            assert_eq!(of_runs, pages(100, set).collect::<Vec<_>>(), "{set:#x}");
+        }
+        assert_eq!(runs(7, 0b1_0110).collect::<Vec<_>>(), [8..10, 11..12]);
+    }
+
+    /// Memory that notes what is done to it.
+    #[derive(Default)]
+    struct Noted(Vec<String>);
+
+    impl Memory<1> for Noted {
+        fn protect(&mut self, page: u32) {
+            self.0.push(format!("protect {page}"));
+        }
+        fn protect_range(&mut self, pages: Range<u32>) {
+            self.0.push(format!("protect {pages:?}"));
+        }
+        fn unprotect(&mut self, _: u32) {}
+        fn read(&self, page: u32) -> Box<PageData<1>> {
+            Box::new([u64::from(page)])
+        }
+        fn install(&mut self, page: u32, _: &PageData<1>, _: bool) {
+            self.0.push(format!("install {page}"));
+        }
+        fn install_range(&mut self, first: u32, data: &[PageData<1>], _: bool) {
+            self.0.push(format!("install {first} {data:?}"));
+        }
+        fn install_zeros(&mut self, _: Range<u32>) {}
+        fn discard(&mut self, _: u32) {}
+        fn wake(&mut self, _: u32) {}
+        fn load(&self, _: u32, _: usize) -> u64 {
+            0
+        }
+        fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
+            Ok(old)
+        }
+        fn differences(&self, _: u32, _: &PageData<1>, _: &mut Vec<(u16, u64)>) {}
+    }
+
+    /// A node of two, with its memory; node 0 is the home of ten pages and has written the first eight.
+    fn node(me: NodeId) -> (Engine<1>, Noted) {
+        let geometry = Geometry::new(&[(0, 12)], &[10, 2]);
+        (Engine::new(me, geometry, std::slice::from_ref(&(0..8)), 0..0, false), Noted::default())
+    }
+
+    fn step(node: &mut (Engine<1>, Noted), input: Input<1>) -> Result<Vec<Message<1>>, &'static str> {
+        let mut out = Output::default();
+        node.0.step(input, &mut node.1, &mut out).map_err(|error| error.what)?;
+        Ok(out.sends.into_iter().map(|(_, message)| message).collect())
+    }
+
+    fn from(from: NodeId, message: Message<1>) -> Input<1> {
+        Input::Message { from, message }
+    }
+
+    #[test]
+    fn home_gives_what_it_owns_by_the_run_and_refuses_the_rest() {
+        let mut home = node(0);
+        let answer = step(&mut home, from(1, Message::Ask { page: 4, wanted: 0b11_1011 })).unwrap();
+        let data = vec![[4], [5], [7]];
+        assert_eq!(answer, [Message::Given { page: 4, wanted: 0b11_1011, given: 0b1011, data }], "8 and 9 nobody wrote");
+        assert_eq!(home.1.0, ["protect 4..6", "protect 7..8"]);
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 4, wanted: 1 })), Err("an Ask for a page it has"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 9, wanted: 2 })), Err("an Ask for a page of another home"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 11, wanted: 1 << 63 })), Err("an Ask for a page of another home"));
+    }
+
+    #[test]
+    fn a_page_taken_back_for_writing_is_refused() {
+        let mut home = node(0);
+        step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11 })).unwrap();
+        assert_eq!(step(&mut home, Input::Fault { page: 0, write: true }).unwrap(), [Message::Invalidate { page: 0, requester: 0 }]);
+        let refused = [Message::Given { page: 0, wanted: 1, given: 0, data: vec![] }];
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1 })).unwrap(), refused, "it is busy");
+        step(&mut home, from(1, Message::InvalidateAck { page: 0 })).unwrap();
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1 })).unwrap(), refused, "its owner writes it");
+        let get = Message::Get { page: 0, write: false, table: false };
+        assert!(matches!(step(&mut home, from(1, get)).unwrap()[..], [Message::Data { page: 0, write: false, .. }]), "who needs it gets it");
+    }
+
+    #[test]
+    fn what_comes_is_installed_by_the_run_and_who_came_for_the_rest_asks_again() {
+        let mut reader = node(1);
+        let asked = step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX }).unwrap();
+        assert_eq!(asked, [Message::Ask { page: 2, wanted: 0xff }], "to the end of what this home has");
+        assert_eq!(step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX }).unwrap(), [], "it is under way");
+        assert_eq!(step(&mut reader, Input::Fault { page: 5, write: false }).unwrap(), []);
+        assert!(reader.0.is_pending(5) && !reader.0.quiet());
+        let given = |given, data| Message::Given { page: 2, wanted: 0xff, given, data };
+        assert_eq!(step(&mut (reader.0.clone(), Noted::default()), from(0, given(0x100, vec![[1]]))), Err("a Given nobody asked for"));
+        assert_eq!(step(&mut (reader.0.clone(), Noted::default()), from(0, given(0b11, vec![[1]]))), Err("a Given nobody asked for"));
+        let answers = step(&mut reader, from(0, given(0b1011_0011, vec![[2], [3], [6], [7], [9]]))).unwrap();
+        assert_eq!(answers, [Message::Get { page: 5, write: false, table: false }]);
+        assert_eq!(reader.1.0, ["install 2 [[2], [3]]", "install 6 [[6], [7]]", "install 9 [[9]]"]);
+        assert_eq!((reader.0.access(3), reader.0.access(4)), (Access::Shared, Access::Invalid));
+        assert_eq!(step(&mut reader, from(0, given(0, vec![]))), Err("a Given nobody asked for"));
+    }
+
+    #[test]
+    fn a_lost_home_ends_what_was_asked_for() {
+        let mut reader = node(1);
+        step(&mut reader, Input::Ahead { first: 0, wanted: 0b111 }).unwrap();
+        step(&mut reader, Input::Fault { page: 1, write: false }).unwrap();
+        let mut out = Output::default();
+        reader.0.step(Input::Lost(0), &mut reader.1, &mut out).unwrap();
+        assert_eq!((out.failed, reader.0.quiet()), (vec![1], true));
+        assert_eq!(step(&mut reader, Input::Ahead { first: 0, wanted: 0b111 }).unwrap(), []);
+    }
+}

@@ -1,0 +1,149 @@
+//! Pages asked for ahead of need, between two nodes in one process, told by their counters.
+
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use krg_dsm::memory::GuestRam;
+use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::protocol::Counters;
+use krg_dsm::transport::{Config, TcpTransport, Transport};
+
+/// Pages of each node.
+const PAGES: u32 = 4096;
+const BYTES: u64 = PAGES as u64 * 4096;
+
+#[derive(Default)]
+struct Guest(Mutex<Vec<DsmError>>);
+
+impl Client for Guest {
+    fn machine(&self, _: usize, _: &[u8]) {}
+    fn setup(&self, _: usize, _: &[u8]) {}
+    fn roots(&self) -> Vec<u64> {
+        Vec::new()
+    }
+    fn failed(&self, error: DsmError) {
+        self.0.lock().unwrap().push(error);
+    }
+}
+
+struct Node {
+    dsm: Arc<Dsm>,
+    transport: Arc<TcpTransport>,
+    guest: Arc<Guest>,
+}
+
+impl Node {
+    fn new(me: usize, stream: TcpStream) -> Self {
+        let ram = Arc::new(GuestRam::new(&[(0, 2 * BYTES)], true).unwrap());
+        let mut peers = vec![None, None];
+        peers[1 - me] = Some(stream);
+        let transport = Arc::new(TcpTransport::new(peers, Config::default()).unwrap());
+        let guest = Arc::new(Guest::default());
+        let dsm = Dsm::new(me, ram, transport.clone());
+        transport.start(dsm.handler(guest.clone())).unwrap();
+        let start = Start { me, shares: vec![BYTES; 2], preloaded: vec![], image: 0..0, replicate: false, bug: None };
+        dsm.start(start).unwrap();
+        Node { dsm, transport, guest }
+    }
+
+    fn word(&self, page: u32) -> &AtomicU64 {
+        &self.dsm.ram().words(page).unwrap()[0]
+    }
+
+    fn counters(&self) -> Counters {
+        self.dsm.counters().unwrap().0
+    }
+}
+
+/// Node 0, and node 1, which has written to every page homed with it: its number.
+fn two() -> [Node; 2] {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    let nodes = [Node::new(0, near), Node::new(1, far)];
+    for page in PAGES..2 * PAGES {
+        nodes[1].word(page).store(u64::from(page), SeqCst);
+    }
+    nodes
+}
+
+fn stop(nodes: [Node; 2]) {
+    for node in &nodes {
+        assert_eq!(*node.guest.0.lock().unwrap(), []);
+    }
+    for node in &nodes {
+        node.dsm.stop();
+        node.transport.shutdown();
+    }
+}
+
+fn reads(nodes: &[Node; 2], pages: impl Iterator<Item = u32>) {
+    for page in pages {
+        assert_eq!(nodes[0].word(page).load(SeqCst), u64::from(page), "page {page}");
+    }
+}
+
+#[test]
+fn streams_take_far_fewer_faults_than_pages() {
+    for (name, from, step, count) in [("upwards", 0, 1, 4096), ("every third", 0, 3, 1300), ("downwards", 4095, -1, 4096)] {
+        let nodes = two();
+        reads(&nodes, (0..count).map(|n| (PAGES as i32 + from + n * step) as u32));
+        let (c, accuracy) = (nodes[0].counters(), nodes[0].dsm.accuracy());
+        println!("{name}: {count} pages, {} faults, {} asked for, {} not given, {accuracy:?}", c.read_faults, c.prefetches, c.prefetches_refused);
+        assert!(c.read_faults < count as u64 / 10, "{name}: {} faults for {count} pages", c.read_faults);
+        assert!(accuracy.used > count as u64 * 3 / 4, "{name}: {accuracy:?}");
+        stop(nodes);
+    }
+}
+
+#[test]
+fn without_read_ahead_every_page_is_a_fault() {
+    let nodes = two();
+    nodes[0].dsm.read_ahead(false);
+    reads(&nodes, PAGES..PAGES + 500);
+    let c = nodes[0].counters();
+    assert_eq!((c.read_faults, c.prefetches), (500, 0));
+    stop(nodes);
+}
+
+#[test]
+fn random_reads_ask_for_almost_nothing() {
+    let nodes = two();
+    // Every page once, in the order of a full-period congruential generator.
+    let order = std::iter::successors(Some(1u32), |n| Some(n.wrapping_mul(1_664_525).wrapping_add(1_013_904_223) % PAGES));
+    reads(&nodes, order.take(1500).map(|n| PAGES + n));
+    let c = nodes[0].counters();
+    println!("{} faults, {} asked for", c.read_faults, c.prefetches);
+    assert!(c.prefetches < 60, "{} pages asked for in 1500 random reads", c.prefetches);
+    stop(nodes);
+}
+
+#[test]
+fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
+    let nodes = two();
+    let written = PAGES + 40;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(SeqCst) {
+                nodes[1].word(written).fetch_add(1 << 32, SeqCst);
+            }
+        });
+        // Somebody really wanted it once; its writer has taken it back since.
+        nodes[0].word(written).load(SeqCst);
+        let begun = Instant::now();
+        while nodes[1].counters().upgrade_faults == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(10), "the writer does not go on");
+        }
+        let before = nodes[1].counters();
+        reads(&nodes, (PAGES..PAGES + 100).filter(|page| *page != written));
+        let (near, far) = (nodes[0].counters(), nodes[1].counters());
+        println!("{} faults, {} asked for, {} not given", near.read_faults, near.prefetches, near.prefetches_refused);
+        assert!(near.prefetches > 60 && near.prefetches_refused > 0);
+        assert_eq!(far.upgrade_faults, before.upgrade_faults, "the page was taken from its writer");
+        over.store(true, SeqCst);
+    });
+    stop(nodes);
+}
