@@ -370,9 +370,9 @@ impl Dsm {
     fn follow(&self, thread: u32, page: u32) {
         let mut ask = Vec::new();
         // Nothing is evicted for pages that may never be read.
-        match self.lock().as_mut() {
-            Some(state) if state.memory.copies() < state.cache.limit() => state.predictor.fault(thread, page, &mut ask),
-            _ => return,
+        if let Some(state) = self.lock().as_mut() {
+            let room = state.cache.limit().saturating_sub(state.memory.copies()).saturating_sub(state.engine.pending() as u32);
+            state.predictor.fault(thread, page, room, &mut ask);
         }
         while let Some(&first) = ask.iter().min() {
             let mut wanted = 0;

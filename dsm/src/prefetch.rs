@@ -79,11 +79,12 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Takes note that `thread` waits for `page`, to read it, and appends the pages to ask for now: all
+    /// Takes note that `thread` waits for `page`, to read it, and appends the pages to ask for now, `room` at most: all
     /// but those that don't exist are meant.
-    pub fn fault(&mut self, thread: u32, page: u32, ask: &mut Vec<u32>) {
+    pub fn fault(&mut self, thread: u32, page: u32, room: u32, ask: &mut Vec<u32>) {
         self.faults += 1;
         let (confirmed, most) = self.limits();
+        let most = most.min(room);
         let of_thread = |stream: &Stream| stream.thread == thread;
         let Some((at, steps)) =
             self.streams.iter().enumerate().find_map(|(n, s)| Some((n, s.steps_to(page).filter(|_| of_thread(s))?)))
@@ -97,7 +98,7 @@ impl Predictor {
         stream.ahead = stream.ahead.saturating_sub(steps);
         stream.at = self.faults;
         // Half of the window is still ahead: nothing to do.
-        if stream.hits >= confirmed && stream.ahead <= stream.window / 2 {
+        if stream.hits >= confirmed && stream.ahead <= stream.window / 2 && most >= FIRST_WINDOW {
             stream.window = (stream.window * 2).clamp(FIRST_WINDOW, most);
             let from = stream.ahead + 1;
             // The fault on this one will tell how far the stream has come.
@@ -178,7 +179,7 @@ mod tests {
             if here.insert(page) {
                 faults += 1;
                 let mut ask = Vec::new();
-                predictor.fault(thread, page, &mut ask);
+                predictor.fault(thread, page, u32::MAX, &mut ask);
                 here.extend(ask);
             }
         }
@@ -187,7 +188,7 @@ mod tests {
 
     fn asked(predictor: &mut Predictor, thread: u32, page: u32) -> Vec<u32> {
         let mut ask = Vec::new();
-        predictor.fault(thread, page, &mut ask);
+        predictor.fault(thread, page, u32::MAX, &mut ask);
         ask
     }
 
@@ -213,6 +214,18 @@ mod tests {
             let faults = walk(&mut p, 1, (0..pages).map(|n| (100_000 + n * step) as u32));
             assert!(faults < 45, "{faults} faults of {pages} pages at step {step}");
             assert!(p.accuracy().issued < 4000 + u64::from(LAST_WINDOW), "{:?}", p.accuracy());
+        }
+    }
+
+    #[test]
+    fn no_more_is_asked_for_than_there_is_room() {
+        for (room, most) in [(0, 0), (7, 0), (8, 7), (100, 99)] {
+            let mut p = Predictor::default();
+            for page in 0..2000 {
+                let mut ask = Vec::new();
+                p.fault(1, page, room, &mut ask);
+                assert!(ask.len() <= most, "{} pages with room for {room}", ask.len());
+            }
         }
     }
 

@@ -43,7 +43,7 @@ impl Node {
         let guest = Arc::new(Guest::default());
         let dsm = Dsm::new(me, ram, transport.clone());
         transport.start(dsm.handler(guest.clone())).unwrap();
-        let start = Start { me, shares: vec![BYTES; 2], preloaded: vec![], image: 0..0, replicate: false, bug: None };
+        let start = Start { me, shares: vec![BYTES; 2], preloaded: vec![], image: 0..0, replicate: false, bug: None, cache: u64::MAX, merge_after: Duration::from_secs(10) };
         dsm.start(start).unwrap();
         Node { dsm, transport, guest }
     }

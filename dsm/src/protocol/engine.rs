@@ -249,7 +249,7 @@ impl<const W: usize> Engine<W> {
 
     /// Requests of this node that are not complete.
     pub fn pending(&self) -> usize {
-        self.pending.len()
+        self.pending.len() + self.ahead.len()
     }
 
     /// Whether anything waits here for another node.
