@@ -6,7 +6,7 @@ use super::engine::Engine;
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -112,8 +112,8 @@ mod tests {
         let state = engine(&geometry).save();
         let other = Geometry::new(&[(0, 8)], &[5, 3]);
         assert_eq!(Engine::restore(state.clone(), &other), Err(StateError::Shape));
-        let newer = EngineState { version: 3, ..state.clone() };
-        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(3)));
+        let newer = EngineState { version: 4, ..state.clone() };
+        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(4)));
         let text = serde_json::to_string(&state).unwrap();
         for (from, to) in [
             (r#""taken":["#, r#""taken":[0,"#),
