@@ -19,7 +19,7 @@ use crate::transport::{Handler, LostReason, PeerEvent, SendError, Transport, Tra
 /// debugger, a paused virtual host) does not take that for silence of its peers.
 const STEPS: u32 = 9;
 
-/// Times and limits of a [`TcpTransport`]. All nodes should have the same.
+/// Times and limits of a transport. All nodes should have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// A heartbeat goes out after at most this long without a frame.

@@ -19,7 +19,9 @@ pub fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> Result<JoinH
     thread::Builder::new()
         .name(name)
         .spawn(work)
-        .map_err(|error| TransportError::Thread { errno: Errno::of(&error) })
+        .map_err(|error| TransportError::Thread {
+            errno: Errno::of(&error),
+        })
 }
 
 /// Waits for its end.

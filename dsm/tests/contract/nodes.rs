@@ -56,7 +56,12 @@ impl Side {
             Kind::Rdma => Arc::new(RdmaTransport::connect(peers, config).unwrap()),
         };
         beside.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { kind, peer: 1 - node, transport, beside }
+        Self {
+            kind,
+            peer: 1 - node,
+            transport,
+            beside,
+        }
     }
 
     /// Starts with a handler that passes everything on.
@@ -139,7 +144,9 @@ pub fn near(kind: Kind, far: SocketAddr, scenario: &Scenario) -> Result<(), Stri
         let _ = verdict.shutdown(std::net::Shutdown::Write);
     }
     let mut theirs = String::new();
-    BufReader::new(&verdict).read_line(&mut theirs).map_err(|error| error.to_string())?;
+    BufReader::new(&verdict)
+        .read_line(&mut theirs)
+        .map_err(|error| error.to_string())?;
     match (mine, theirs.trim_end_matches('\n')) {
         (Ok(()), ".ok") => Ok(()),
         (Err(reason), ".ok") => Err(reason),
@@ -174,9 +181,13 @@ impl Listener {
                 line.extend(byte);
             }
             let line = String::from_utf8_lossy(&line).into_owned();
-            let Some((kind, name)) = line.trim().split_once(' ') else { continue };
+            let Some((kind, name)) = line.trim().split_once(' ') else {
+                continue;
+            };
             let kind = if kind == "rdma" { Kind::Rdma } else { Kind::Tcp };
-            let Some(scenario) = SCENARIOS.iter().find(|scenario| scenario.name == name) else { continue };
+            let Some(scenario) = SCENARIOS.iter().find(|scenario| scenario.name == name) else {
+                continue;
+            };
             let (stream, _) = self.0.accept().unwrap();
             let verdict = beside.try_clone().unwrap();
             let result = attempt(|| (scenario.far)(&Side::new(kind, 1, stream, beside, scenario.config)));
@@ -193,6 +204,7 @@ impl Listener {
 fn attempt(run: impl FnOnce()) -> Result<(), String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
-        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_default()
     })
 }

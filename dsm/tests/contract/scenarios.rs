@@ -24,34 +24,111 @@ const USUAL: Config = Config {
     silence: Duration::from_millis(4200),
     queue_limit: 1 << 30,
 };
-const QUICK: Config =
-    Config { heartbeat: Duration::from_millis(100), silence: Duration::from_millis(900), queue_limit: 1 << 30 };
+const QUICK: Config = Config {
+    heartbeat: Duration::from_millis(100),
+    silence: Duration::from_millis(900),
+    queue_limit: 1 << 30,
+};
 
 /// All of them.
 pub const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "frames_arrive_whole_and_in_order", config: USUAL, near: order::near, far: order::far },
-    Scenario { name: "a_frame_may_have_many_parts", config: USUAL, near: parts::near, far: parts::far },
-    Scenario { name: "frames_sent_together_arrive_apart", config: USUAL, near: together::near, far: together::far },
-    Scenario { name: "floods_both_ways_do_not_deadlock", config: USUAL, near: flood::side, far: flood::side },
+    Scenario {
+        name: "frames_arrive_whole_and_in_order",
+        config: USUAL,
+        near: order::near,
+        far: order::far,
+    },
+    Scenario {
+        name: "a_frame_may_have_many_parts",
+        config: USUAL,
+        near: parts::near,
+        far: parts::far,
+    },
+    Scenario {
+        name: "frames_sent_together_arrive_apart",
+        config: USUAL,
+        near: together::near,
+        far: together::far,
+    },
+    Scenario {
+        name: "floods_both_ways_do_not_deadlock",
+        config: USUAL,
+        near: flood::side,
+        far: flood::side,
+    },
     Scenario {
         name: "sending_to_a_peer_that_does_not_listen_returns",
-        config: Config { queue_limit: 8 << 20, ..USUAL },
+        config: Config {
+            queue_limit: 8 << 20,
+            ..USUAL
+        },
         near: deaf::near,
         far: deaf::far,
     },
-    Scenario { name: "queued_frames_follow_when_the_peer_listens", config: USUAL, near: late::near, far: late::far },
-    Scenario { name: "a_peer_that_ends_is_lost_after_its_last_frame", config: USUAL, near: last::near, far: last::far },
-    Scenario { name: "a_silent_peer_is_lost", config: QUICK, near: silent::near, far: silent::far },
-    Scenario { name: "a_quiet_peer_is_not_lost", config: QUICK, near: quiet::side, far: quiet::side },
-    Scenario { name: "shutdown_sends_what_is_queued", config: USUAL, near: end::near, far: end::far },
-    Scenario { name: "the_handler_may_shut_down", config: USUAL, near: inside::near, far: inside::far },
-    Scenario { name: "wrong_uses_are_refused", config: USUAL, near: wrong::near, far: wrong::far },
-    Scenario { name: "round_trip_of_a_page", config: USUAL, near: page::near, far: page::far },
-    Scenario { name: "stream_of_pages", config: USUAL, near: stream::near, far: stream::far },
+    Scenario {
+        name: "queued_frames_follow_when_the_peer_listens",
+        config: USUAL,
+        near: late::near,
+        far: late::far,
+    },
+    Scenario {
+        name: "a_peer_that_ends_is_lost_after_its_last_frame",
+        config: USUAL,
+        near: last::near,
+        far: last::far,
+    },
+    Scenario {
+        name: "a_silent_peer_is_lost",
+        config: QUICK,
+        near: silent::near,
+        far: silent::far,
+    },
+    Scenario {
+        name: "a_quiet_peer_is_not_lost",
+        config: QUICK,
+        near: quiet::side,
+        far: quiet::side,
+    },
+    Scenario {
+        name: "shutdown_sends_what_is_queued",
+        config: USUAL,
+        near: end::near,
+        far: end::far,
+    },
+    Scenario {
+        name: "the_handler_may_shut_down",
+        config: USUAL,
+        near: inside::near,
+        far: inside::far,
+    },
+    Scenario {
+        name: "wrong_uses_are_refused",
+        config: USUAL,
+        near: wrong::near,
+        far: wrong::far,
+    },
+    Scenario {
+        name: "round_trip_of_a_page",
+        config: USUAL,
+        near: page::near,
+        far: page::far,
+    },
+    Scenario {
+        name: "stream_of_pages",
+        config: USUAL,
+        near: stream::near,
+        far: stream::far,
+    },
 ];
 
-const FAR_CLOSED: PeerEvent = PeerEvent::Lost { peer: 1, reason: LostReason::Closed };
-const NEAR_CLOSED: PeerEvent = PeerEvent::Lost { peer: 0, reason: LostReason::Closed };
+const FAR_CLOSED: PeerEvent = PeerEvent::Lost {
+    peer: 1,
+    reason: LostReason::Closed,
+};
+const NEAR_CLOSED: PeerEvent = PeerEvent::Lost {
+    peer: 0,
+    reason: LostReason::Closed,
+};
 
 mod order {
     use super::*;
@@ -82,7 +159,10 @@ mod order {
         news.frame(9);
         let out = side.transport.count(1);
         assert!((0..5).all(|class| out.class(class).frames_out == COUNT as u64 / 5));
-        assert_eq!(((0..5).map(|class| out.class(class).bytes_out).sum::<u64>(), out.queued), (bytes, 0));
+        assert_eq!(
+            ((0..5).map(|class| out.class(class).bytes_out).sum::<u64>(), out.queued),
+            (bytes, 0)
+        );
     }
 
     pub fn far(side: &Side) {
@@ -145,7 +225,10 @@ mod together {
         // One that can't be sent keeps the others back, too.
         let broken = [vec![1], vec![0; MAX_PAYLOAD + 1]];
         let len = MAX_PAYLOAD + 1;
-        assert_eq!(side.transport.send_together(1, 3, &broken), Err(SendError::TooLong { peer: 1, len }));
+        assert_eq!(
+            side.transport.send_together(1, 3, &broken),
+            Err(SendError::TooLong { peer: 1, len })
+        );
         side.send(4, b"next");
         news.frame(9);
     }
@@ -237,7 +320,9 @@ impl Handler for Stuck {
 fn stuck(side: &Side) -> (mpsc::Sender<()>, mpsc::Receiver<News>) {
     let (let_go, wait) = mpsc::channel();
     let (sender, news) = mpsc::channel();
-    side.transport.start(Arc::new(Stuck(Mutex::new(wait), Mutex::new(sender)))).unwrap();
+    side.transport
+        .start(Arc::new(Stuck(Mutex::new(wait), Mutex::new(sender))))
+        .unwrap();
     (let_go, news)
 }
 
@@ -260,7 +345,8 @@ mod deaf {
         assert!(started.elapsed() < Duration::from_secs(20));
         assert_eq!(error, SendError::Gone { peer: 1 });
         let event = news.event();
-        let overrun = matches!(event, PeerEvent::Lost { peer: 1, reason: LostReason::Overrun { bytes } } if bytes > 8 << 20);
+        let overrun =
+            matches!(event, PeerEvent::Lost { peer: 1, reason: LostReason::Overrun { bytes } } if bytes > 8 << 20);
         assert!(overrun, "{event:?}");
         assert_eq!(side.transport.send(1, 1, &[b"x"]), Err(SendError::Gone { peer: 1 }));
         side.tell();
@@ -278,7 +364,10 @@ mod deaf {
             }
         };
         assert!(matches!(event, PeerEvent::Lost { peer: 0, .. }), "{event:?}");
-        assert!(news.recv_timeout(Duration::from_millis(100)).is_err(), "something after the end");
+        assert!(
+            news.recv_timeout(Duration::from_millis(100)).is_err(),
+            "something after the end"
+        );
     }
 }
 
@@ -303,7 +392,9 @@ mod late {
         side.hear();
         drop(let_go);
         for number in 0..COUNT {
-            let News::Frame(class, payload) = news.recv_timeout(PATIENCE).unwrap() else { panic!("an event") };
+            let News::Frame(class, payload) = news.recv_timeout(PATIENCE).unwrap() else {
+                panic!("an event")
+            };
             assert_eq!((usize::from(class), payload.len()), (number, MAX_PAYLOAD));
             assert!(payload.iter().all(|byte| *byte == class));
         }
@@ -339,7 +430,13 @@ mod silent {
     pub fn near(side: &Side) {
         let started = Instant::now();
         let news = side.record();
-        assert_eq!(news.event(), PeerEvent::Lost { peer: 1, reason: LostReason::Silent { millis: 900 } });
+        assert_eq!(
+            news.event(),
+            PeerEvent::Lost {
+                peer: 1,
+                reason: LostReason::Silent { millis: 900 }
+            }
+        );
         assert!(started.elapsed() >= Duration::from_millis(850));
         assert_eq!(side.transport.send(1, 0, &[]), Err(SendError::Gone { peer: 1 }));
         side.tell();
@@ -445,7 +542,10 @@ mod wrong {
         assert_eq!(transport.send(2, 1, &[]), Err(SendError::NoPeer { peer: 2 }));
         assert_eq!(transport.send(1, HEARTBEAT, &[]), Err(SendError::Reserved { peer: 1 }));
         let len = MAX_PAYLOAD + 1;
-        assert_eq!(transport.send(1, 1, &[&vec![0; len]]), Err(SendError::TooLong { peer: 1, len }));
+        assert_eq!(
+            transport.send(1, 1, &[&vec![0; len]]),
+            Err(SendError::TooLong { peer: 1, len })
+        );
         assert_eq!(transport.start(Arc::new(Deaf)), Err(TransportError::Started));
         assert_eq!(transport.count(9).total().frames_out, 0);
         side.tell();
@@ -492,13 +592,18 @@ mod page {
         let mean = times.iter().sum::<Duration>() / COUNT as u32;
         times.sort_unstable();
         let (p50, p99) = (times[COUNT / 2], times[COUNT * 99 / 100]);
-        println!("{}: round trip with a page: mean {mean:?}, p50 {p50:?}, p99 {p99:?}", side.kind);
+        println!(
+            "{}: round trip with a page: mean {mean:?}, p50 {p50:?}, p99 {p99:?}",
+            side.kind
+        );
         side.transport.shutdown();
     }
 
     pub fn far(side: &Side) {
         let (sender, ended) = mpsc::channel();
-        side.transport.start(Arc::new(Echo(Arc::clone(&side.transport), Mutex::new(sender)))).unwrap();
+        side.transport
+            .start(Arc::new(Echo(Arc::clone(&side.transport), Mutex::new(sender))))
+            .unwrap();
         ended.recv_timeout(PATIENCE).unwrap();
         side.transport.shutdown();
     }

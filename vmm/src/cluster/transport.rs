@@ -42,7 +42,10 @@ pub struct Lacking {
 /// # Errors
 /// RDMA is asked for, and a host does not have it.
 pub fn choose(wish: Wish, hosts: &[(&Offer, IpAddr)]) -> Result<Choice, Lacking> {
-    let tcp = |why: &str| Choice { transport: NodeTransport::Tcp, line: format!("transport: tcp ({why})") };
+    let tcp = |why: &str| Choice {
+        transport: NodeTransport::Tcp,
+        line: format!("transport: tcp ({why})"),
+    };
     if wish == Wish::Tcp {
         return Ok(tcp("as asked"));
     }
@@ -51,14 +54,21 @@ pub fn choose(wish: Wish, hosts: &[(&Offer, IpAddr)]) -> Result<Choice, Lacking>
         Err(lacking) if wish == Wish::Rdma => return Err(lacking),
         Err(lacking) => return Ok(tcp(&format!("auto: {lacking}"))),
     };
-    let names: Vec<_> = ports.iter().zip(0..).map(|(port, node)| format!("node {node} {}", port.device)).collect();
+    let names: Vec<_> = ports
+        .iter()
+        .zip(0..)
+        .map(|(port, node)| format!("node {node} {}", port.device))
+        .collect();
     let names = names.join(", ");
     let software = ports.iter().any(|port| port.software);
     match wish {
         Wish::Auto if software => Ok(tcp(&format!("auto: RDMA is there, but in software: {names}"))),
         _ => {
             let how = if wish == Wish::Auto { "auto" } else { "as asked" };
-            Ok(Choice { transport: NodeTransport::Rdma, line: format!("transport: rdma ({how}: {names})") })
+            Ok(Choice {
+                transport: NodeTransport::Rdma,
+                line: format!("transport: rdma ({how}: {names})"),
+            })
         }
     }
 }
@@ -87,18 +97,34 @@ mod tests {
             address: address.parse().unwrap(),
             software,
         };
-        Offer { rdma: Ok(devices.iter().map(port).collect()), ..Offer::of_this_host() }
+        Offer {
+            rdma: Ok(devices.iter().map(port).collect()),
+            ..Offer::of_this_host()
+        }
     }
 
     fn line(wish: Wish, offers: [&Offer; 2]) -> Result<(NodeTransport, String), String> {
-        let hosts = [(offers[0], "10.0.0.1".parse().unwrap()), (offers[1], "10.0.0.2".parse().unwrap())];
-        choose(wish, &hosts).map(|choice| (choice.transport, choice.line)).map_err(|lacking| lacking.to_string())
+        let hosts = [
+            (offers[0], "10.0.0.1".parse().unwrap()),
+            (offers[1], "10.0.0.2".parse().unwrap()),
+        ];
+        choose(wish, &hosts)
+            .map(|choice| (choice.transport, choice.line))
+            .map_err(|lacking| lacking.to_string())
     }
 
     #[test]
     fn rdma_where_all_have_it() {
-        let (one, two) = (offer(&[("mlx5_0", "10.0.0.1", false)]), offer(&[("mlx5_1", "10.0.0.2", false)]));
-        let rdma = |how: &str| Ok((NodeTransport::Rdma, format!("transport: rdma ({how}: node 0 mlx5_0, node 1 mlx5_1)")));
+        let (one, two) = (
+            offer(&[("mlx5_0", "10.0.0.1", false)]),
+            offer(&[("mlx5_1", "10.0.0.2", false)]),
+        );
+        let rdma = |how: &str| {
+            Ok((
+                NodeTransport::Rdma,
+                format!("transport: rdma ({how}: node 0 mlx5_0, node 1 mlx5_1)"),
+            ))
+        };
         assert_eq!(line(Wish::Auto, [&one, &two]), rdma("auto"));
         assert_eq!(line(Wish::Rdma, [&one, &two]), rdma("as asked"));
         let tcp = (NodeTransport::Tcp, "transport: tcp (as asked)".to_owned());
@@ -109,16 +135,31 @@ mod tests {
     fn a_host_that_lacks_it_decides() {
         let one = offer(&[("mlx5_0", "10.0.0.1", false)]);
         let elsewhere = offer(&[("mlx5_1", "10.9.0.2", false)]);
-        let tcp = (NodeTransport::Tcp, "transport: tcp (auto: node 1: no RDMA device at 10.0.0.2)".to_owned());
+        let tcp = (
+            NodeTransport::Tcp,
+            "transport: tcp (auto: node 1: no RDMA device at 10.0.0.2)".to_owned(),
+        );
         assert_eq!(line(Wish::Auto, [&one, &elsewhere]), Ok(tcp));
-        assert_eq!(line(Wish::Rdma, [&one, &elsewhere]), Err("node 1: no RDMA device at 10.0.0.2".into()));
-        let without = Offer { rdma: Err("libibverbs.so.1: not found".into()), ..offer(&[]) };
-        assert_eq!(line(Wish::Rdma, [&without, &one]), Err("node 0: libibverbs.so.1: not found".into()));
+        assert_eq!(
+            line(Wish::Rdma, [&one, &elsewhere]),
+            Err("node 1: no RDMA device at 10.0.0.2".into())
+        );
+        let without = Offer {
+            rdma: Err("libibverbs.so.1: not found".into()),
+            ..offer(&[])
+        };
+        assert_eq!(
+            line(Wish::Rdma, [&without, &one]),
+            Err("node 0: libibverbs.so.1: not found".into())
+        );
     }
 
     #[test]
     fn software_only_when_asked_for() {
-        let (one, two) = (offer(&[("rxe0", "10.0.0.1", true)]), offer(&[("mlx5_1", "10.0.0.2", false)]));
+        let (one, two) = (
+            offer(&[("rxe0", "10.0.0.1", true)]),
+            offer(&[("mlx5_1", "10.0.0.2", false)]),
+        );
         let why = "transport: tcp (auto: RDMA is there, but in software: node 0 rxe0, node 1 mlx5_1)".to_owned();
         assert_eq!(line(Wish::Auto, [&one, &two]), Ok((NodeTransport::Tcp, why)));
         let asked = "transport: rdma (as asked: node 0 rxe0, node 1 mlx5_1)".to_owned();

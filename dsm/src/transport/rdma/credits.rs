@@ -93,7 +93,11 @@ pub fn immediate(len: usize, count: u16) -> u32 {
 pub fn parse(immediate: Option<u32>) -> Result<(usize, u16), Malformed> {
     let immediate = immediate.ok_or(Malformed::Bare)?;
     let (len, count) = ((immediate & 0xffff) as usize, (immediate >> 16) as u16);
-    if len > SLOT { Err(Malformed::Message { len }) } else { Ok((len, count)) }
+    if len > SLOT {
+        Err(Malformed::Message { len })
+    } else {
+        Ok((len, count))
+    }
 }
 
 #[cfg(test)]
@@ -131,7 +135,9 @@ mod tests {
 
         /// Side `side` takes a message in, if there is one.
         fn take(&mut self, side: usize) -> bool {
-            let Some((slot, count)) = self.wires[1 - side].pop_front() else { return false };
+            let Some((slot, count)) = self.wires[1 - side].pop_front() else {
+                return false;
+            };
             assert_eq!(slot, self.credits[side].next_slot());
             self.credits[side].receive(count).unwrap();
             true
@@ -162,7 +168,11 @@ mod tests {
                     // Nothing goes on by chance: then it has to by taking everything in.
                     while world.take(0) | world.take(1) {}
                     let moved = world.update(0) | world.update(1) | world.take(0) | world.take(1);
-                    assert!(moved | world.send(0) | world.send(1), "seed {seed}: {:?}", world.credits);
+                    assert!(
+                        moved | world.send(0) | world.send(1),
+                        "seed {seed}: {:?}",
+                        world.credits
+                    );
                     idle = 0;
                 }
             }

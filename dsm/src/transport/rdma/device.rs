@@ -52,12 +52,20 @@ impl RdmaPort {
                 }
                 for index in names(&port_folder.join("gids")).iter().take(MOST_GIDS) {
                     let Ok(gid_index) = index.parse() else { continue };
-                    let Ok(gid) = line(&format!("gids/{index}")).trim().parse::<Ipv6Addr>() else { continue };
+                    let Ok(gid) = line(&format!("gids/{index}")).trim().parse::<Ipv6Addr>() else {
+                        continue;
+                    };
                     if gid.is_unspecified() || line(&format!("gid_attrs/types/{index}")).trim() != "RoCE v2" {
                         continue;
                     }
                     let address = canonical(IpAddr::V6(gid));
-                    found.push(Self { device: device.clone(), port, gid_index, address, software });
+                    found.push(Self {
+                        device: device.clone(),
+                        port,
+                        gid_index,
+                        address,
+                        software,
+                    });
                 }
             }
         }
@@ -80,7 +88,9 @@ fn canonical(address: IpAddr) -> IpAddr {
 /// Names of what is in a folder, sorted; none if there is no such folder.
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
     names.sort();
     names
 }
@@ -111,20 +121,30 @@ mod tests {
         let found = RdmaPort::below(root);
         assert_eq!(found.len(), 2);
         let port = RdmaPort::at(&found, address).unwrap();
-        assert_eq!((port.device.as_str(), port.port, port.gid_index, port.software), ("rxe0", 1, 1, true));
+        assert_eq!(
+            (port.device.as_str(), port.port, port.gid_index, port.software),
+            ("rxe0", 1, 1, true)
+        );
         assert_eq!(port.gid()[10..], [0xff, 0xff, 10, 7, 0, 1]);
         assert!(RdmaPort::at(&found, "::ffff:10.7.0.1".parse().unwrap()).is_some());
         assert!(RdmaPort::at(&found, "10.7.0.2".parse().unwrap()).is_none());
         // Hardware at the same address is taken first, RoCE version 1 and ports that are down are not.
         put(root, "zlx5_0/device/vendor", "0x15b3\n");
         put(root, "zlx5_0/ports/1/state", "4: ACTIVE\n");
-        put(root, "zlx5_0/ports/1/gids/2", "0000:0000:0000:0000:0000:ffff:0a07:0001\n");
+        put(
+            root,
+            "zlx5_0/ports/1/gids/2",
+            "0000:0000:0000:0000:0000:ffff:0a07:0001\n",
+        );
         put(root, "zlx5_0/ports/1/gid_attrs/types/2", "IB/RoCE v1\n");
         assert_eq!(RdmaPort::at(&RdmaPort::below(root), address).unwrap().device, "rxe0");
         put(root, "zlx5_0/ports/1/gid_attrs/types/2", "RoCE v2\n");
         let found = RdmaPort::below(root);
         let port = RdmaPort::at(&found, address).unwrap();
-        assert_eq!((port.device.as_str(), port.gid_index, port.software), ("zlx5_0", 2, false));
+        assert_eq!(
+            (port.device.as_str(), port.gid_index, port.software),
+            ("zlx5_0", 2, false)
+        );
         put(root, "zlx5_0/ports/1/state", "1: DOWN\n");
         assert_eq!(RdmaPort::at(&RdmaPort::below(root), address).unwrap().device, "rxe0");
         assert!(RdmaPort::below(&root.join("nothing")).is_empty());

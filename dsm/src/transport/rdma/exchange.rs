@@ -75,14 +75,25 @@ impl Description {
         gid.copy_from_slice(&bytes[32..48]);
         let ring = u64::from(word(48)) | u64::from(word(52)) << 32;
         let end = ring.checked_add(SLOTS * SLOT as u64);
-        let description = Self { queue_pair: word(16), packet: word(20), mtu: bytes[24], gid, ring, key: word(56) };
+        let description = Self {
+            queue_pair: word(16),
+            packet: word(20),
+            mtu: bytes[24],
+            gid,
+            ring,
+            key: word(56),
+        };
         let fits = u64::from(half(10)) == SLOTS
             && word(12) as usize == SLOT
             && description.queue_pair < 1 << 24
             && description.packet < 1 << 24
             && (1..=5).contains(&description.mtu)
             && end.is_some();
-        if fits { Ok(description) } else { Err(BadDescription::Values) }
+        if fits {
+            Ok(description)
+        } else {
+            Err(BadDescription::Values)
+        }
     }
 }
 
@@ -116,7 +127,10 @@ mod tests {
         for (at, byte) in [(10, 0), (13, 1), (19, 1), (23, 1), (24, 0), (24, 6)] {
             assert_eq!(with(at, byte), Err(BadDescription::Values), "byte {at}");
         }
-        let far = Description { ring: u64::MAX - 5, ..GOOD };
+        let far = Description {
+            ring: u64::MAX - 5,
+            ..GOOD
+        };
         assert_eq!(Description::decode(&far.encode()), Err(BadDescription::Values));
     }
 }

@@ -78,7 +78,9 @@ impl Link {
     pub fn send_together(&self, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
         frames.iter().try_for_each(|frame| self.check(class, frame.len()))?;
         self.enter(|outbound, open| {
-            frames.iter().try_for_each(|frame| self.put_frame(outbound, open, class, &[frame]))
+            frames
+                .iter()
+                .try_for_each(|frame| self.put_frame(outbound, open, class, &[frame]))
         })
     }
 
@@ -94,10 +96,7 @@ impl Link {
     }
 
     /// Puts frames with the queue locked, and sends off the last message; an error ends the stream.
-    fn enter(
-        &self,
-        put: impl FnOnce(&mut Outbound, &mut Open) -> Result<(), LostReason>,
-    ) -> Result<(), SendError> {
+    fn enter(&self, put: impl FnOnce(&mut Outbound, &mut Open) -> Result<(), LostReason>) -> Result<(), SendError> {
         let peer = self.peer;
         let mut outbound = self.lock();
         if outbound.ended || outbound.flush_until.is_some() {
@@ -122,11 +121,17 @@ impl Link {
         let header = frame::header(class, len);
         let was_empty = outbound.queue.is_empty();
         for part in std::iter::once(&header[..]).chain(parts.iter().copied()) {
-            let rest = if outbound.queue.is_empty() { self.put(outbound, open, part)? } else { part };
+            let rest = if outbound.queue.is_empty() {
+                self.put(outbound, open, part)?
+            } else {
+                part
+            };
             outbound.queue.extend(rest);
         }
         if outbound.queue.len() > self.config.queue_limit {
-            return Err(LostReason::Overrun { bytes: outbound.queue.len() });
+            return Err(LostReason::Overrun {
+                bytes: outbound.queue.len(),
+            });
         }
         if was_empty && !outbound.queue.is_empty() {
             self.changed.notify_one();
@@ -168,7 +173,9 @@ impl Link {
 
     fn post(&self, outbound: &mut Outbound, len: usize) -> Result<(), LostReason> {
         let (slot, count) = outbound.credits.send();
-        self.end.post_write(slot, len, credits::immediate(len, count)).map_err(LostReason::Broken)
+        self.end
+            .post_write(slot, len, credits::immediate(len, count))
+            .map_err(LostReason::Broken)
     }
 
     /// Takes note of what the device is through with.
@@ -290,8 +297,16 @@ impl Link {
                 }
             }
             let busy = flushing || !outbound.queue.is_empty();
-            let wait = if busy { LOOK.min(interval) } else { next_look.saturating_duration_since(now) };
-            outbound = self.changed.wait_timeout(outbound, wait).unwrap_or_else(PoisonError::into_inner).0;
+            let wait = if busy {
+                LOOK.min(interval)
+            } else {
+                next_look.saturating_duration_since(now)
+            };
+            outbound = self
+                .changed
+                .wait_timeout(outbound, wait)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         outbound.ended = true;
         // The peer has everything by now, or never will; this is how it sees the end.
@@ -321,7 +336,11 @@ impl Link {
     /// Why the device broke the connection, as what was sent tells; to be asked when something failed.
     pub fn cause(&self) -> Option<LostReason> {
         let mut outbound = self.lock();
-        if outbound.ended { None } else { self.retire(&mut outbound).err() }
+        if outbound.ended {
+            None
+        } else {
+            self.retire(&mut outbound).err()
+        }
     }
 
     /// Refuses new frames, and lets the writer end the stream after what is queued, or at `until`.

@@ -130,7 +130,12 @@ impl RdmaTransport {
                 (&stream).write_all(&end.describe().encode()).map_err(stream_error)?;
                 Ok((stream, end))
             };
-            opened.push(stream.map(open).transpose().map_err(|error| TransportError::Rdma { peer, error })?);
+            opened.push(
+                stream
+                    .map(open)
+                    .transpose()
+                    .map_err(|error| TransportError::Rdma { peer, error })?,
+            );
         }
         for (peer, pair) in opened.iter_mut().enumerate() {
             let Some((stream, end)) = pair else { continue };
@@ -151,18 +156,30 @@ impl RdmaTransport {
             let mut greet = || {
                 let mut ready = [0];
                 stream.read_exact(&mut ready).map_err(stream_error)?;
-                if ready != [READY] { Err(BadDescription::Magic.into()) } else { Ok(()) }
+                if ready != [READY] {
+                    Err(BadDescription::Magic.into())
+                } else {
+                    Ok(())
+                }
             };
             greet().map_err(|error| TransportError::Rdma { peer, error })?;
             let link = Link::new(peer, end, stream, config);
-            link.greet().map_err(|reason| TransportError::Rdma { peer, error: RdmaError::First(reason) })?;
+            link.greet().map_err(|reason| TransportError::Rdma {
+                peer,
+                error: RdmaError::First(reason),
+            })?;
             links.push(Some(Arc::new(link)));
         }
         for (peer, link) in links.iter().enumerate() {
             let Some(link) = link else { continue };
             await_greeting(link).map_err(|error| TransportError::Rdma { peer, error })?;
         }
-        Ok(Self { links, config, stopping: Arc::default(), threads: Mutex::default() })
+        Ok(Self {
+            links,
+            config,
+            stopping: Arc::default(),
+            threads: Mutex::default(),
+        })
     }
 
     fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
@@ -208,7 +225,11 @@ impl Transport for RdmaTransport {
         let result = self.links.iter().enumerate().try_for_each(|(peer, link)| {
             let Some(link) = link else { return Ok(()) };
             let writer = Arc::clone(link);
-            threads.writers.push(threads::spawn(format!("rdma-send-{peer}"), move || writer.write_loop())?);
+            threads
+                .writers
+                .push(threads::spawn(format!("rdma-send-{peer}"), move || {
+                    writer.write_loop()
+                })?);
             let receiver = Receiver {
                 peer,
                 link: Arc::clone(link),
@@ -216,7 +237,9 @@ impl Transport for RdmaTransport {
                 stopping: Arc::clone(&self.stopping),
                 silence: self.config.silence,
             };
-            threads.receivers.push(threads::spawn(format!("rdma-recv-{peer}"), move || receiver.run())?);
+            threads
+                .receivers
+                .push(threads::spawn(format!("rdma-recv-{peer}"), move || receiver.run())?);
             Ok(())
         });
         drop(threads);
@@ -241,14 +264,27 @@ impl Transport for RdmaTransport {
     }
 
     fn count(&self, peer: usize) -> PeerCount {
-        self.links.get(peer).and_then(Option::as_ref).map_or_else(PeerCount::default, |link| link.count())
+        self.links
+            .get(peer)
+            .and_then(Option::as_ref)
+            .map_or_else(PeerCount::default, |link| link.count())
     }
 
     fn shutdown(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        let Threads { mut writers, mut receivers, .. } = {
+        let Threads {
+            mut writers,
+            mut receivers,
+            ..
+        } = {
             let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *threads, Threads { started: true, ..Threads::default() })
+            std::mem::replace(
+                &mut *threads,
+                Threads {
+                    started: true,
+                    ..Threads::default()
+                },
+            )
         };
         let until = Instant::now() + FLUSH;
         self.links().for_each(|link| link.flush(until));

@@ -17,12 +17,19 @@ pub struct Patience {
 impl Patience {
     /// For a host with `cpus`.
     pub fn new(cpus: usize) -> Self {
-        Self { expected: Duration::ZERO, never: cpus < 2 }
+        Self {
+            expected: Duration::ZERO,
+            never: cpus < 2,
+        }
     }
 
     /// How long to look now.
     pub fn look(&self) -> Duration {
-        if self.never || self.expected > LONGEST { Duration::ZERO } else { LONGEST }
+        if self.never || self.expected > LONGEST {
+            Duration::ZERO
+        } else {
+            LONGEST
+        }
     }
 
     /// A message came after this wait, asleep or not.

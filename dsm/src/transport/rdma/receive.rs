@@ -98,7 +98,9 @@ impl Receiver {
                 Ok(Wait::Nothing) => {
                     silent_steps += 1;
                     if silent_steps >= STEPS {
-                        return self.lost(LostReason::Silent { millis: self.silence.as_millis() as u64 });
+                        return self.lost(LostReason::Silent {
+                            millis: self.silence.as_millis() as u64,
+                        });
                     }
                 }
                 // What the peer sent before it ended has come, since it waited for that.
@@ -129,7 +131,10 @@ impl Receiver {
                 self.hand_on(decoder).map_err(malformed)?;
             }
         }
-        self.link.end.post_receive().map_err(|errno| self.lost(LostReason::Broken(errno)))?;
+        self.link
+            .end
+            .post_receive()
+            .map_err(|errno| self.lost(LostReason::Broken(errno)))?;
         self.link.taken(count).map_err(malformed)?;
         self.hand_on(decoder).map_err(malformed)
     }
@@ -146,8 +151,15 @@ impl Receiver {
 
     /// Sleeps until the armed device has a message, the connection beside ends, or a step is over.
     fn sleep(&self) -> Result<Wait, Errno> {
-        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut entries = [entry(self.link.end.event_fd().as_raw_fd()), entry(self.link.stream.as_raw_fd())];
+        let entry = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut entries = [
+            entry(self.link.end.event_fd().as_raw_fd()),
+            entry(self.link.stream.as_raw_fd()),
+        ];
         // Zero would mean no wait.
         let step = (self.silence / STEPS).max(Duration::from_millis(1)).as_millis();
         // SAFETY: the pointer and the count describe the entries, whose descriptors are open.
@@ -157,12 +169,20 @@ impl Receiver {
         }
         if ready < 0 {
             let errno = Errno::last();
-            return if errno.0 == libc::EINTR { Ok(Wait::Look) } else { Err(errno) };
+            return if errno.0 == libc::EINTR {
+                Ok(Wait::Look)
+            } else {
+                Err(errno)
+            };
         }
         if entries[0].revents != 0 {
             self.link.end.clear_events();
         }
-        Ok(if entries[1].revents != 0 { self.ended() } else { Wait::Look })
+        Ok(if entries[1].revents != 0 {
+            self.ended()
+        } else {
+            Wait::Look
+        })
     }
 
     /// How the connection beside has ended.
@@ -178,6 +198,9 @@ impl Receiver {
 
     /// The first reason counts.
     fn lost(&self, reason: LostReason) -> PeerEvent {
-        PeerEvent::Lost { peer: self.peer, reason: self.link.lost.get().cloned().unwrap_or(reason) }
+        PeerEvent::Lost {
+            peer: self.peer,
+            reason: self.link.lost.get().cloned().unwrap_or(reason),
+        }
     }
 }

@@ -50,7 +50,11 @@ impl Ring {
 
     /// Copies `bytes` into a slot, from `at` on.
     pub fn copy_in(&self, slot: usize, at: usize, bytes: &[u8]) {
-        assert!(slot < SLOTS as usize && at <= SLOT && bytes.len() <= SLOT - at, "slot {slot}, {at}+{}", bytes.len());
+        assert!(
+            slot < SLOTS as usize && at <= SLOT && bytes.len() <= SLOT - at,
+            "slot {slot}, {at}+{}",
+            bytes.len()
+        );
         // SAFETY: the range is inside the slot by the assertion, and so inside the mapping, which lives as
         // long as this value. `bytes` is not in it: no reference into it exists.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(slot * SLOT + at), bytes.len()) };
@@ -58,7 +62,11 @@ impl Ring {
 
     /// Copies bytes of a slot, from `at` on, into `to`.
     pub fn copy_out(&self, slot: usize, at: usize, to: &mut [u8]) {
-        assert!(slot < SLOTS as usize && at <= SLOT && to.len() <= SLOT - at, "slot {slot}, {at}+{}", to.len());
+        assert!(
+            slot < SLOTS as usize && at <= SLOT && to.len() <= SLOT - at,
+            "slot {slot}, {at}+{}",
+            to.len()
+        );
         // SAFETY: as above. A peer that breaks the rules may change the bytes while they are copied; then
         // any bytes arrive in `to`, which are only looked at there.
         unsafe { ptr::copy_nonoverlapping(self.start.add(slot * SLOT + at).cast_const(), to.as_mut_ptr(), to.len()) };

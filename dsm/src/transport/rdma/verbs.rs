@@ -95,7 +95,10 @@ pub fn available() -> Result<(), VerbsError> {
 }
 
 fn verbs() -> Result<&'static Verbs, VerbsError> {
-    VERBS.get_or_init(load).as_ref().map_err(|reason| VerbsError::Library(reason.clone()))
+    VERBS
+        .get_or_init(load)
+        .as_ref()
+        .map_err(|reason| VerbsError::Library(reason.clone()))
 }
 
 fn load() -> Result<Verbs, String> {
@@ -182,21 +185,36 @@ unsafe impl Sync for Endpoint {}
 
 impl std::fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Endpoint").field("port", &self.port).finish_non_exhaustive()
+        f.debug_struct("Endpoint")
+            .field("port", &self.port)
+            .finish_non_exhaustive()
     }
 }
 
 /// A pointer that the library gave, or why it gave none.
 fn given<T>(call: &'static str, pointer: *mut T) -> Result<*mut T, VerbsError> {
-    if pointer.is_null() { Err(VerbsError::Call { call, errno: Errno::last() }) } else { Ok(pointer) }
+    if pointer.is_null() {
+        Err(VerbsError::Call {
+            call,
+            errno: Errno::last(),
+        })
+    } else {
+        Ok(pointer)
+    }
 }
 
 /// A call that returns an error number, or -1 and errno.
 fn done(call: &'static str, result: c_int) -> Result<(), VerbsError> {
     match result {
         0 => Ok(()),
-        -1 => Err(VerbsError::Call { call, errno: Errno::last() }),
-        number => Err(VerbsError::Call { call, errno: Errno(number.abs()) }),
+        -1 => Err(VerbsError::Call {
+            call,
+            errno: Errno::last(),
+        }),
+        number => Err(VerbsError::Call {
+            call,
+            errno: Errno(number.abs()),
+        }),
     }
 }
 
@@ -233,7 +251,10 @@ impl Endpoint {
         // SAFETY: every pointer handed on was given by the library just before and is not given back
         // before `drop`; rings and attributes outlive the calls, and the rings their registrations.
         unsafe {
-            done("ibv_query_port", (verbs.query_port)(end.context, port.port, &raw mut attributes))?;
+            done(
+                "ibv_query_port",
+                (verbs.query_port)(end.context, port.port, &raw mut attributes),
+            )?;
             end.pd = given("ibv_alloc_pd", (verbs.alloc_pd)(end.context))?;
             let access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
             let mr = (verbs.reg_mr)(end.pd, end.landing.start().cast(), ring::SIZE, access);
@@ -242,24 +263,39 @@ impl Endpoint {
             end.staging_mr = given("ibv_reg_mr", mr)?;
             end.channel = given("ibv_create_comp_channel", (verbs.create_comp_channel)(end.context))?;
             let none = ptr::null_mut();
-            end.sent = given("ibv_create_cq", (verbs.create_cq)(end.context, depth, none, ptr::null_mut(), 0))?;
-            end.received = given("ibv_create_cq", (verbs.create_cq)(end.context, depth, none, end.channel, 0))?;
+            end.sent = given(
+                "ibv_create_cq",
+                (verbs.create_cq)(end.context, depth, none, ptr::null_mut(), 0),
+            )?;
+            end.received = given(
+                "ibv_create_cq",
+                (verbs.create_cq)(end.context, depth, none, end.channel, 0),
+            )?;
         }
         if attributes.state != IBV_PORT_ACTIVE {
-            return Err(VerbsError::Call { call: "the port", errno: Errno(libc::ENETDOWN) });
+            return Err(VerbsError::Call {
+                call: "the port",
+                errno: Errno(libc::ENETDOWN),
+            });
         }
         end.mtu = attributes.active_mtu.clamp(1, 5) as u8;
         set_nonblocking(end.event_fd()).map_err(|errno| VerbsError::Call { call: "fcntl", errno })?;
         end.create_pair()?;
         end.initialise()?;
         for _ in 0..SLOTS {
-            end.post_receive().map_err(|errno| VerbsError::Call { call: "ibv_post_recv", errno })?;
+            end.post_receive().map_err(|errno| VerbsError::Call {
+                call: "ibv_post_recv",
+                errno,
+            })?;
         }
         Ok(end)
     }
 
     fn create_pair(&mut self) -> Result<(), VerbsError> {
-        let mut failure = VerbsError::Call { call: "ibv_create_qp", errno: Errno(libc::EINVAL) };
+        let mut failure = VerbsError::Call {
+            call: "ibv_create_qp",
+            errno: Errno(libc::EINVAL),
+        };
         for max_inline_data in INLINE {
             let mut attributes = ibv_qp_init_attr {
                 qp_context: ptr::null_mut(),
@@ -298,7 +334,10 @@ impl Endpoint {
             qp_access_flags: IBV_ACCESS_REMOTE_WRITE as u32,
             ..Default::default()
         };
-        self.modify(attributes, mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS)
+        self.modify(
+            attributes,
+            mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS,
+        )
     }
 
     /// What the peer has to know of this end.
@@ -306,7 +345,14 @@ impl Endpoint {
         // SAFETY: the queue pair and the registration exist until `drop`.
         let (queue_pair, key) = unsafe { ((*self.pair).qp_num, (*self.landing_mr).rkey) };
         let (mtu, packet, gid) = (self.mtu, self.packet, self.port.gid());
-        Description { queue_pair, packet, mtu, gid, ring: self.landing.address(0), key }
+        Description {
+            queue_pair,
+            packet,
+            mtu,
+            gid,
+            ring: self.landing.address(0),
+            key,
+        }
     }
 
     /// Connects to the end that `peer` describes: messages may come from now on. They may be sent once
@@ -364,7 +410,9 @@ impl Endpoint {
 
     fn modify(&self, mut attributes: ibv_qp_attr, members: c_int) -> Result<(), VerbsError> {
         // SAFETY: the queue pair exists until `drop`; the attributes outlive the call.
-        done("ibv_modify_qp", unsafe { (self.verbs.modify_qp)(self.pair, &raw mut attributes, members) })
+        done("ibv_modify_qp", unsafe {
+            (self.verbs.modify_qp)(self.pair, &raw mut attributes, members)
+        })
     }
 
     /// Puts `bytes` into a slot of the staging ring, from `at` on. The slot must not be under way.
@@ -386,7 +434,11 @@ impl Endpoint {
         assert!(len <= SLOT, "{len} bytes");
         // SAFETY: the registration exists until `drop`.
         let lkey = unsafe { (*self.staging_mr).lkey };
-        let mut part = ibv_sge { addr: self.staging.address(slot), length: len as u32, lkey };
+        let mut part = ibv_sge {
+            addr: self.staging.address(slot),
+            length: len as u32,
+            lkey,
+        };
         let small = if len as u32 <= self.inline { IBV_SEND_INLINE } else { 0 };
         let (ring, rkey) = self.remote;
         let mut request = ibv_send_wr {
@@ -405,9 +457,7 @@ impl Endpoint {
         // SAFETY: the queue pair exists until `drop`, its context with the table of functions, too. The
         // request and its part are read during the call; what the device reads later, the staging slot, is
         // inside the ring (`address` checks it) and registered until `drop`.
-        let result = unsafe {
-            ((*(*self.pair).context).ops.post_send)(self.pair, &raw mut request, &raw mut refused)
-        };
+        let result = unsafe { ((*(*self.pair).context).ops.post_send)(self.pair, &raw mut request, &raw mut refused) };
         match result {
             0 => Ok(()),
             number => Err(Errno(number.abs())),
@@ -419,12 +469,15 @@ impl Endpoint {
     /// # Errors
     /// The device does not take it.
     pub fn post_receive(&self) -> Result<(), Errno> {
-        let mut request = ibv_recv_wr { wr_id: 0, next: ptr::null_mut(), sg_list: ptr::null_mut(), num_sge: 0 };
+        let mut request = ibv_recv_wr {
+            wr_id: 0,
+            next: ptr::null_mut(),
+            sg_list: ptr::null_mut(),
+            num_sge: 0,
+        };
         let mut refused = ptr::null_mut();
         // SAFETY: as in `post_write`; the request names no memory.
-        let result = unsafe {
-            ((*(*self.pair).context).ops.post_recv)(self.pair, &raw mut request, &raw mut refused)
-        };
+        let result = unsafe { ((*(*self.pair).context).ops.post_recv)(self.pair, &raw mut request, &raw mut refused) };
         match result {
             0 => Ok(()),
             number => Err(Errno(number.abs())),
@@ -464,7 +517,10 @@ impl Endpoint {
                 status => Some(Failure::Other(status)),
             };
             let written = failure.is_none() && from.opcode == IBV_WC_RECV_RDMA_WITH_IMM;
-            *to = Completion { immediate: written.then_some(u32::from_be(from.imm_data)), failure };
+            *to = Completion {
+                immediate: written.then_some(u32::from_be(from.imm_data)),
+                failure,
+            };
         }
         Ok(count)
     }
