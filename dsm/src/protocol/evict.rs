@@ -66,8 +66,7 @@ impl<const W: usize> Engine<W> {
     ) -> Result<bool, ProtocolError> {
         let evicted = self.directory.busy.get(&page) == Some(&Busy::Eviction { node: from });
         if evicted {
-            self.directory.busy.remove(&page);
-            self.serve_next(page, memory, out)?;
+            self.resume(page, memory, out)?;
         }
         Ok(evicted)
     }

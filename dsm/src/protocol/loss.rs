@@ -151,7 +151,12 @@ impl<const W: usize> Engine<W> {
     }
 
     /// The request a page was busy with is over: what is left of the page goes to the next one.
-    fn resume(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) -> Result<(), ProtocolError> {
+    pub(super) fn resume(
+        &mut self,
+        page: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
         self.directory.busy.remove(&page);
         self.forget_lost(page);
         self.serve_next(page, memory, out)

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::engine::Engine;
+use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
@@ -50,20 +50,23 @@ impl<const W: usize> Engine<W> {
             && engine.taken.len() == pages
             && engine.zero_group > 0
             && engine.zero_block > 0
+            && engine.loopback.is_empty()
             && engine.gone.fits(geometry.nodes())
             && !engine.gone.contains(engine.me)
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
             && engine.fence.fits(engine.me, geometry)
             && engine.pending.keys().chain(engine.ahead.keys()).chain(engine.given.keys()).all(|page| (*page as usize) < pages)
             && engine.directory.fits(engine.me, geometry)
-            && engine.tables.fits(geometry);
+            && engine.tables.fits(geometry)
+            && engine.access.iter().filter(|access| **access == Access::Replicated).count() == engine.tables.len()
+            && engine.tables.held().into_iter().all(|page| engine.access[page as usize] == Access::Replicated);
         if fits { Ok(engine) } else { Err(StateError::Shape) }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Input, Memory, Output, PageData};
+    use super::super::{Input, Memory, Message, Output, PageData};
     use super::*;
 
     /// Memory without a guest.
@@ -94,6 +97,61 @@ mod tests {
             engine.step(Input::Fault { page, write: page != 5 }, &mut Quiet, &mut Output::default()).unwrap();
         }
         engine
+    }
+
+    /// Home of pages with sharers, with requests under way and waiting, and with replicas.
+    fn home(geometry: &Geometry) -> Engine<4> {
+        let mut engine = Engine::new(0, geometry.clone(), &[], 0..0, true);
+        let get = |page, write| Message::Get { page, write, table: false };
+        let inputs = [
+            Input::Fault { page: 1, write: true },
+            Input::Message { from: 1, message: get(1, false) },
+            Input::Message { from: 2, message: get(1, false) },
+            Input::Message { from: 1, message: get(2, true) },
+            Input::Message { from: 2, message: get(2, true) },
+            Input::Fault { page: 2, write: false },
+            Input::Message { from: 1, message: get(3, true) },
+            Input::Fault { page: 3, write: true },
+            Input::Message { from: 1, message: Message::Promote { page: 3, requester: 0, level: 1, data: Box::default() } },
+        ];
+        for input in inputs {
+            engine.step(input, &mut Quiet, &mut Output::default()).unwrap();
+        }
+        assert_eq!(engine.replicas(), 1);
+        engine
+    }
+
+    #[test]
+    fn directories_that_name_other_nodes_or_contradict_themselves_are_refused() {
+        let geometry = Geometry::new(&[(0, 8)], &[4, 2, 2]);
+        let engine = home(&geometry);
+        let text = serde_json::to_string(&engine.save()).unwrap();
+        assert_eq!(Engine::restore(serde_json::from_str(&text).unwrap(), &geometry), Ok(engine));
+        for (from, to) in [
+            (r#""sharers":[1,2]"#, r#""sharers":[1,3]"#),
+            (r#""sharers":[1,2]"#, r#""sharers":[0,1]"#),
+            (r#"{"by":2,"owner":1}"#, r#"{"by":2,"owner":3}"#),
+            (r#"{"by":2,"owner":1}"#, r#"{"by":3,"owner":1}"#),
+            (r#"{"by":2,"owner":1}"#, r#"{"by":0,"owner":1}"#),
+            (r#""busy":{"2""#, r#""busy":{"5""#),
+            (r#"[{"from":0,"#, r#"[{"from":9,"#),
+            (r#""queues":{"2""#, r#""queues":{"1""#),
+            (r#""masters":{"3":{"level":1,"holders":[0,1]"#, r#""masters":{"3":{"level":1,"holders":[0,3]"#),
+            (r#""masters":{"3":{"level":1,"holders":[0,1]"#, r#""masters":{"3":{"level":5,"holders":[0,1]"#),
+            (r#""masters":{"3""#, r#""masters":{"0""#),
+            (r#""Replicated""#, r#""Shared""#),
+            (r#""gone":[]"#, r#""gone":[0]"#),
+            (r#""gone":[]"#, r#""gone":[3]"#),
+            (r#""merges":{}"#, r#""merges":{"1":[4]}"#),
+            (r#""relays":{}"#, r#""relays":{"1":{"origin":3,"origin_id":1,"due":[1]}}"#),
+            (r#""loopback":[]"#, r#""loopback":[{"Gone":{"page":1}}]"#),
+        ] {
+            assert!(text.contains(from), "{from} in {text}");
+            let damaged: EngineState<4> = serde_json::from_str(&text.replacen(from, to, 1)).unwrap();
+            assert_eq!(Engine::restore(damaged, &geometry), Err(StateError::Shape), "{to}");
+        }
+        let beyond = text.replacen(r#""sharers":[1,2]"#, r#""sharers":[1,2000]"#, 1);
+        assert!(serde_json::from_str::<EngineState<4>>(&beyond).is_err(), "no machine has so many nodes");
     }
 
     #[test]

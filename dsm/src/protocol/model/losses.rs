@@ -1,7 +1,7 @@
 //! The loss of any one node at any step.
 
 use super::super::Bug;
-use super::scenarios::{FLAG, NEW, PATH, ROOT, TABLE, UPPER, X, data, holds, is_caught, require, warmed};
+use super::scenarios::{FLAG, NEW, PATH, ROOT, TABLE, UPPER, X, Y, data, holds, is_caught, require, warmed};
 use super::world::{Cpu, Op, World};
 
 use Op::*;
@@ -13,9 +13,59 @@ fn ends(_: &World) -> Result<(), String> {
 }
 
 #[test]
+fn readers_and_a_writer_survive_the_loss_of_any_node() {
+    for homes in [&[1, 1, 0][..], &[0, 1, 1], &[0, 0, 2]] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0)]),
+            Cpu::new(1, &[Load(X, 0), Store(X, 0, 2)]),
+            Cpu::new(2, &[Load(X, 0), Store(Y, 0, 3)]),
+        ];
+        holds("readers, a writer and a loss", data(homes, cpus).losing(ANY), 0, ends);
+    }
+}
+
+#[test]
 fn upgrades_survive_the_loss_of_any_node() {
-    let cpus = (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0)])).collect();
-    holds("upgrades and a loss", data(&[1, 0, 0], cpus).losing(ANY), 0, ends);
+    for homes in [&[1, 0, 0][..], &[0, 0, 1]] {
+        let cpus = (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0)])).collect();
+        holds("upgrades and a loss", data(homes, cpus).losing(ANY), 0, ends);
+    }
+}
+
+#[test]
+fn a_guest_that_runs_in_the_middle_of_a_step_changes_nothing() {
+    for homes in [&[2, 0][..], &[1, 1]] {
+        let cpus = vec![Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0), Store(X, 1, 2)]), Cpu::new(1, &[Store(Y, 0, 1), Load(X, 0), Store(X, 0, 3)])];
+        holds("stores in the middle of a step, and a loss", data(homes, cpus).losing(&[0, 1]), 2, ends);
+    }
+}
+
+#[test]
+fn copies_given_up_survive_the_loss_of_any_node() {
+    for homes in [&[1, 0, 0][..], &[0, 1, 0]] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Load(X, 0), Evict(X)]),
+            Cpu::new(1, &[Load(X, 0), Evict(X), Load(X, 0)]),
+            Cpu::new(2, &[Load(X, 0)]),
+        ];
+        holds("copies given up, and a loss", data(homes, cpus).losing(ANY), 0, ends);
+    }
+}
+
+#[test]
+fn pages_fetched_ahead_survive_the_loss_of_any_node() {
+    for homes in [&[2, 0, 0][..], &[0, 1, 1]] {
+        let mut world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Prefetch(X, Y + 1, true), Load(X, 0)]),
+                Cpu::new(1, &[Store(X, 0, 1)]),
+                Cpu::new(2, &[Prefetch(X, Y + 1, false), Store(Y, 0, 1)]),
+            ],
+        );
+        world.take_zeros_by(2, 1);
+        holds("pages fetched ahead, and a loss", world.losing(ANY), 0, ends);
+    }
 }
 
 #[test]

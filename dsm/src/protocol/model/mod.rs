@@ -6,7 +6,6 @@ mod scenarios;
 mod world;
 
 use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use world::{Action, Intrusion, World};
 
@@ -24,19 +23,13 @@ pub struct Report {
     pub failure: Option<String>,
 }
 
-fn fingerprint(world: &World) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    world.hash(&mut hasher);
-    hasher.finish()
-}
-
 /// How a state was reached: its parent's number, the action, what ran in the middle of it.
 type Step = (usize, Action, Option<Intrusion>);
 
 /// Visits every reachable state, at most `limit`; `end` judges the states where everything is over.
 /// `intrusions`: longest run of guest operations put in the middle of an engine step.
 pub fn explore(start: World, limit: usize, intrusions: usize, end: &dyn Fn(&World) -> Result<(), String>) -> Report {
-    let mut seen = HashSet::from([fingerprint(&start)]);
+    let mut seen = HashSet::from([start.print()]);
     let mut steps: Vec<Option<Step>> = vec![None];
     let mut ends = 0;
     let mut stack = vec![(start.clone(), 0)];
@@ -59,7 +52,7 @@ pub fn explore(start: World, limit: usize, intrusions: usize, end: &dyn Fn(&Worl
         }
         for action in actions {
             let mut visit = |next: World, intrusion: Option<Intrusion>| {
-                if seen.insert(fingerprint(&next)) {
+                if seen.insert(next.print()) {
                     steps.push(Some((number, action, intrusion)));
                     stack.push((next, steps.len() - 1));
                 }

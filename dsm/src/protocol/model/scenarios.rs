@@ -116,8 +116,8 @@ fn prefetches_change_nothing_that_a_guest_can_see() {
         let world = data(
             homes,
             vec![
-                Cpu::new(0, &[Prefetch(Y, false), Store(X, 0, 1), Load(Y, 0)]),
-                Cpu::new(1, &[Prefetch(X, true), Store(Y, 0, 1), Load(X, 0)]),
+                Cpu::new(0, &[Prefetch(Y, Y + 1, false), Store(X, 0, 1), Load(Y, 0)]),
+                Cpu::new(1, &[Prefetch(X, X + 1, true), Store(Y, 0, 1), Load(X, 0)]),
             ],
         );
         holds("prefetches", world, 1, |w| require(results(w) != [[0], [0]], || "both loads missed both stores".into()));
@@ -186,6 +186,50 @@ fn pages_asked_for_ahead_pass_messages_in_order() {
         );
         holds("asked ahead, message passing", world, 0, |w| require(w.cpus[1].results[0] == 1, || "flag seen, data not".into()));
     }
+}
+
+#[test]
+fn pages_fetched_together_and_taken_beside_others_are_as_coherent() {
+    for homes in [&[2, 0][..], &[0, 2], &[3, 0]] {
+        for write in [false, true] {
+            let mut world = data(
+                homes,
+                vec![
+                    Cpu::new(0, &[Prefetch(X, Y + 1, write), Store(X, 0, 1), Load(Y, 0)]),
+                    Cpu::new(1, &[Prefetch(X, Y + 1, !write), Store(Y, 0, 1), Load(X, 0)]),
+                ],
+            );
+            world.take_zeros_by(2, 1);
+            holds("two pages fetched together", world, 1, |w| {
+                require(results(w) != [[0], [0]], || "both loads missed both stores".into())
+            });
+        }
+    }
+}
+
+/// Three nodes read a page and then write it, all at once.
+fn increments() -> World {
+    data(&[1, 0, 0], (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0)])).collect())
+}
+
+fn incremented(w: &World) -> Result<(), String> {
+    require(w.value(X, 0) == 3, || format!("{} of 3", w.value(X, 0)))
+}
+
+#[test]
+fn sending_a_page_before_it_is_frozen_is_caught() {
+    let world = data(&[1, 1], vec![Cpu::new(0, &[Store(X, 0, 1), Store(X, 1, 1)]), Cpu::new(1, &[Load(X, 0)])]);
+    is_caught("sent before frozen", world, Bug::SendBeforeFreeze, 1, |_| Ok(()));
+}
+
+#[test]
+fn serving_the_next_request_too_early_is_caught() {
+    is_caught("done not awaited", increments(), Bug::DoneNotAwaited, 0, incremented);
+}
+
+#[test]
+fn a_copy_kept_for_an_upgrade_is_caught() {
+    is_caught("kept while upgrading", increments(), Bug::KeepWhileUpgrading, 0, incremented);
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! The world the checker explores: engines, their memories, the channels between them, and guests.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::ops::Range;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::{Deref, Range};
+use std::rc::Rc;
 
 use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
 
@@ -23,8 +25,8 @@ pub enum Op {
     /// as AMD's nested paging does. The last entry's value, or 0 if an entry on the way is not
     /// present, is the next result.
     Walk(u32, &'static [usize]),
-    /// Has a page fetched, to write or to read, without waiting.
-    Prefetch(u32, bool),
+    /// Has pages (first, end) fetched, to write or to read, without waiting.
+    Prefetch(u32, u32, bool),
     /// Its node has no room for a page.
     Evict(u32),
     /// Asks for pages ahead of need: the first, and which from there on.
@@ -36,10 +38,10 @@ pub enum Op {
 }
 
 /// One guest CPU.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub struct Cpu {
     pub node: usize,
-    pub program: Vec<Op>,
+    pub program: Rc<[Op]>,
     pub at: usize,
     /// Level of a walk under way and the table it has come to.
     walk: (usize, u32),
@@ -53,13 +55,46 @@ pub struct Cpu {
 
 impl Cpu {
     pub fn new(node: usize, program: &[Op]) -> Self {
-        let program = program.to_vec();
-        Cpu { node, program, at: 0, walk: (0, 0), results: vec![], interrupts: 0, blocked: None, dead: false }
+        Cpu { node, program: program.into(), at: 0, walk: (0, 0), results: vec![], interrupts: 0, blocked: None, dead: false }
     }
 
     pub fn finished(&self) -> bool {
         self.dead || self.at == self.program.len()
     }
+}
+
+impl Hash for Cpu {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Node and program never change.
+        (self.at, self.walk, &self.results, self.interrupts, self.blocked, self.dead).hash(state);
+    }
+}
+
+/// An engine, shared by all worlds in which it is in the same state, with the hash of that.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    engine: Engine<W>,
+    print: u64,
+}
+
+impl Peer {
+    fn new(engine: Engine<W>) -> Self {
+        Peer { print: print_of(&engine), engine }
+    }
+}
+
+impl Deref for Peer {
+    type Target = Engine<W>;
+
+    fn deref(&self) -> &Engine<W> {
+        &self.engine
+    }
+}
+
+fn print_of(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A page as one node's hardware sees it.
@@ -75,15 +110,15 @@ enum Tried {
     Progress,
     Fault(u32, bool),
     Interrupt(usize),
-    Prefetch(u32, bool),
+    Prefetch(u32, u32, bool),
     Evict(u32),
     Ahead(u32, u64),
     Waiting,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub struct World {
-    pub engines: Vec<Engine<W>>,
+    pub engines: Vec<Rc<Peer>>,
     pub memories: Vec<Vec<Option<Mapped>>>,
     /// `channels[from][to]`.
     pub channels: Vec<Vec<VecDeque<Message<W>>>>,
@@ -243,7 +278,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                 }
             }
             Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted)),
-            Op::Prefetch(page, write) => return Err(Tried::Prefetch(page, write)),
+            Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
             Op::AwaitInterrupt => {
@@ -288,6 +323,7 @@ impl World {
         }
         let engines = (0..n)
             .map(|i| Engine::new(i as NodeId, geometry.clone(), &preloaded, image.clone(), true))
+            .map(|engine| Rc::new(Peer::new(engine)))
             .collect();
         World {
             engines,
@@ -313,13 +349,29 @@ impl World {
         self
     }
 
-    /// Every node takes untouched pages of its own in groups of `pages`.
+    /// Every node takes untouched pages of its own in groups and blocks of so many.
     pub fn take_zeros_by(&mut self, group: u32, block: u32) {
-        self.engines.iter_mut().for_each(|e| e.take_zeros_by(group, block));
+        self.change(|engine| engine.take_zeros_by(group, block));
     }
 
     pub fn plant(&mut self, bug: Bug) {
-        self.engines.iter_mut().for_each(|e| e.plant(bug));
+        self.change(|engine| engine.plant(bug));
+    }
+
+    fn change(&mut self, change: impl Fn(&mut Engine<W>)) {
+        for peer in &mut self.engines {
+            let mut engine = peer.engine.clone();
+            change(&mut engine);
+            *peer = Rc::new(Peer::new(engine));
+        }
+    }
+
+    /// Tells this state from others.
+    pub fn print(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.engines.iter().for_each(|peer| peer.print.hash(&mut hasher));
+        (&self.memories, &self.channels, &self.cpus, &self.latest, self.lost, &self.failed).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// All nodes know `page` to be in CR3 of one of their CPUs.
@@ -349,8 +401,11 @@ impl World {
             if cpu.finished() || cpu.blocked.is_some() {
                 return false;
             }
-            let mut pages = self.memories[cpu.node].clone();
-            run(&mut cpu.clone(), &mut pages, &mut None) != Tried::Waiting
+            match cpu.program[cpu.at] {
+                Op::Wait(page, word, value) => self.memories[cpu.node][page as usize].is_none_or(|p| p.data[word] == value),
+                Op::AwaitInterrupt => cpu.interrupts > 0,
+                _ => true,
+            }
         });
         let n = self.engines.len();
         let heads = (0..n).flat_map(|f| (0..n).map(move |t| (f, t))).filter(|&(f, t)| !self.channels[f][t].is_empty());
@@ -372,9 +427,9 @@ impl World {
                         self.cpus[c].blocked = Some(page);
                         self.step(node, Input::Fault { page, write }, intrusion)
                     }
-                    Tried::Prefetch(page, write) => {
+                    Tried::Prefetch(first, end, write) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::Prefetch { pages: page..page + 1, write }, intrusion)
+                        self.step(node, Input::Prefetch { pages: first..end, write }, intrusion)
                     }
                     Tried::Evict(page) => {
                         self.cpus[c].at += 1;
@@ -422,9 +477,11 @@ impl World {
         let mut out = Output::default();
         let mut view =
             View { pages: &mut self.memories[node], latest: &mut self.latest, cpus: &mut self.cpus, operation: 0, intrusion };
-        self.engines[node].step(input, &mut view, &mut out).unwrap_or_else(|e| panic!("{e}"));
+        let peer = Rc::make_mut(&mut self.engines[node]);
+        peer.engine.step(input, &mut view, &mut out).unwrap_or_else(|e| panic!("{e}"));
         let operations = view.operation;
-        self.engines[node].forget_history();
+        peer.engine.forget_history();
+        peer.print = print_of(&peer.engine);
         for (to, message) in out.sends {
             assert_ne!(usize::from(to), node, "a message to itself left the engine");
             if self.lost != Some(usize::from(to)) {
@@ -439,10 +496,23 @@ impl World {
             // It is over with what that one sent.
             self.channels[usize::from(lost)][node].clear();
         }
+        self.skip_known();
         for (_, bytes) in out.deliver {
             self.cpus[usize::from(bytes[0])].interrupts += 1;
         }
         operations
+    }
+
+    /// To be told of a loss again changes nothing, whenever it happens: no order of that has to be tried.
+    fn skip_known(&mut self) {
+        let Some(lost) = self.lost else { return };
+        for (to, _) in self.engines.iter().enumerate().filter(|(_, peer)| peer.lost().next().is_some()) {
+            for from in self.channels.iter_mut() {
+                while matches!(from[to].front(), Some(Message::NodeLost { node }) if usize::from(*node) == lost) {
+                    from[to].pop_front();
+                }
+            }
+        }
     }
 
     /// One writer or many readers, for every page that is not a replicated table.
@@ -468,7 +538,8 @@ impl World {
     /// Every engine comes back from its written form as it was.
     pub fn check_saved(&self) -> Result<(), String> {
         // A planted bug is not written down: such worlds are checked for the bug alone.
-        for (node, engine) in self.engines.iter().enumerate().filter(|(_, engine)| engine.bug.is_none()) {
+        for (node, peer) in self.engines.iter().enumerate().filter(|(_, peer)| peer.bug.is_none()) {
+            let engine = &peer.engine;
             let text = serde_json::to_string(&engine.save()).map_err(|e| e.to_string())?;
             let state = serde_json::from_str(&text).map_err(|e| e.to_string())?;
             let back = Engine::<W>::restore(state, engine.geometry()).map_err(|e| e.to_string())?;
