@@ -63,7 +63,8 @@ fn gpt(source: &mut Source, at: u64, sector: u64) -> Option<Vec<Partition>> {
         if entry[..16] == [0; 16] || last < first {
             continue;
         }
-        let (Some(start), Some(len)) = (first.checked_mul(sector), (last - first + 1).checked_mul(sector)) else {
+        let sectors = (last - first).checked_add(1);
+        let (Some(start), Some(len)) = (first.checked_mul(sector), sectors.and_then(|n| n.checked_mul(sector))) else {
             continue;
         };
         found.push(Partition {
@@ -221,6 +222,16 @@ mod tests {
         image[512 + 16] ^= 1;
         assert_eq!(read(image.clone()), [expected]);
         image[63 * 512 + 80] = 9;
+        assert_eq!(read(image), []);
+    }
+
+    #[test]
+    fn a_partition_longer_than_any_disk_is_left_out() {
+        let mut image = vec![0; 64 * 512];
+        let entry = 2 * 512;
+        image[entry] = 1;
+        image[entry + 40..entry + 48].fill(0xff);
+        put_gpt(&mut image, 512);
         assert_eq!(read(image), []);
     }
 }

@@ -13,6 +13,9 @@ use vm_memory::GuestAddress;
 pub const WINDOW: u64 = 0xC000_0000;
 pub const ECAM_SLOT: u64 = 1 << 15;
 pub const MEMORY: usize = 0x1_0000;
+/// A page that 16-bit addresses do not reach.
+pub const FAR: u64 = 0x10_0000;
+pub const FAR_LEN: usize = 0x1000;
 const DISK: usize = 64 << 10;
 
 /// Takes interrupts and forgets them.
@@ -67,7 +70,7 @@ pub struct Bus {
 
 impl Bus {
     pub fn new() -> Self {
-        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
+        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY), (GuestAddress(FAR), FAR_LEN)]).unwrap());
         let disk = Arc::new(StrictDisk(Mutex::new(vec![0x5a; DISK])));
         let block = Block::new("disk0", disk).unwrap();
         let function = VirtioPci::new(Box::new(block), memory.clone(), Arc::new(Nowhere));
