@@ -1,6 +1,7 @@
 //! Distributed shared memory of guest-physical pages.
 
 pub mod clock;
+pub mod contention;
 mod errno;
 pub mod memory;
 pub mod node;

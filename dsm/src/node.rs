@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use cache::Cache;
 pub use cache::Copies;
 
+use crate::contention::{Contention, HotPage};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
-use crate::protocol::{Bug, Counters, Engine, Geometry, Input, MOST_AHEAD, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::protocol::{Access, Bug, Counters, Engine, Geometry, Input, MOST_AHEAD, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 
@@ -108,8 +109,8 @@ struct State {
     out: Output<PAGE_WORDS>,
     encoded: Vec<Vec<u8>>,
     roots_asked: Instant,
-    /// Faults answered, by page.
-    heat: Vec<u32>,
+    contention: Contention,
+    begun: Instant,
     /// Pages this node waits for, since when.
     waiting: HashMap<u32, Instant>,
     waited: Waited,
@@ -198,9 +199,8 @@ impl Dsm {
         if let Some(bug) = start.bug {
             engine.plant(bug);
         }
-        let heat = vec![0; self.ram.pages() as usize];
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, heat, waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -293,14 +293,13 @@ impl Dsm {
         self.trace.take()
     }
 
-    /// The pages most faults were about: (guest-physical address, faults here), hottest first.
-    pub fn hottest(&self, count: usize) -> Vec<(u64, u32)> {
-        let guard = self.lock();
-        let Some(state) = guard.as_ref() else { return Vec::new() };
-        let mut pages: Vec<(u32, u32)> =
-            state.heat.iter().enumerate().filter(|(_, n)| **n > 1).map(|(page, n)| (*n, page as u32)).collect();
-        pages.sort_unstable_by(|a, b| b.cmp(a));
-        pages.into_iter().take(count).filter_map(|(n, page)| Some((self.ram.gpa_of(page)?, n))).collect()
+    /// The pages hosts fight for most, hottest first, and how often any page was taken away soon after it had
+    /// come.
+    pub fn hottest(&self, count: usize) -> (Vec<HotPage>, u64) {
+        match self.lock().as_ref() {
+            Some(state) => (state.contention.hottest(count), state.contention.bounces()),
+            None => (Vec::new(), 0),
+        }
     }
 
     /// What went to and came from a peer.
@@ -346,7 +345,8 @@ impl Dsm {
                     let now = self.trace.now();
                     for fault in &faults {
                         self.trace.mark(now, Stage::Detected, fault.page);
-                        let waits = self.step(self.me, Input::Fault { page: fault.page, write: fault.write });
+                        let input = Input::Fault { page: fault.page, write: fault.write };
+                        let waits = self.step_of(self.me, input, fault.thread);
                         if waits && !fault.write && self.ahead.load(Ordering::Relaxed) {
                             self.follow(fault.thread, fault.page);
                         }
@@ -388,6 +388,11 @@ impl Dsm {
     /// One step of the engine and all that follows from it. Whether it was a fault on a page that another
     /// node has to send.
     fn step(&self, from: usize, input: Input<PAGE_WORDS>) -> bool {
+        self.step_of(from, input, 0)
+    }
+
+    /// The same; `thread` has the fault.
+    fn step_of(&self, from: usize, input: Input<PAGE_WORDS>, thread: u32) -> bool {
         let mut guard = self.lock();
         while guard.is_none() {
             if self.stopping.load(Ordering::SeqCst) {
@@ -399,14 +404,16 @@ impl Dsm {
             guard = self.await_room(guard, page);
         }
         let Some(state) = guard.as_mut() else { return false };
-        let State { engine, memory, cache, out, encoded, roots_asked, heat, waiting, waited, .. } = state;
+        let State { engine, memory, cache, out, encoded, roots_asked, contention, begun, waiting, waited, .. } = state;
         let mut faulted = None;
         if let Input::Fault { page, .. } = input {
-            if let Some(count) = heat.get_mut(page as usize) {
-                *count = count.saturating_add(1);
-            }
             faulted = Some((page, Instant::now()));
         }
+        // Somebody else wants a page that is here.
+        let wanted = match &input {
+            Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
+            _ => None,
+        };
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -420,6 +427,7 @@ impl Dsm {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
                 waiting.entry(page).or_insert(since);
+                contention.fault(page, thread);
             }
         }
         // Whoever waits for a page that was lost is let go by the end of the machine, which the same loss
@@ -430,8 +438,13 @@ impl Dsm {
         for node in out.lost.drain(..) {
             tracing::info!(node, "nothing is shared with this node any more");
         }
+        let since_begin = |begun: &Instant| begun.elapsed().as_micros() as u64;
+        if let Some(page) = wanted.filter(|page| result.is_ok() && engine.access(*page) == Access::Invalid) {
+            contention.taken(page, since_begin(begun));
+        }
         for page in out.completed.drain(..) {
             cache.came(page);
+            contention.arrived(page, since_begin(begun));
             if let Some(since) = waiting.remove(&page) {
                 waited.faults += 1;
                 waited.total += since.elapsed();

@@ -30,7 +30,8 @@ const WRITE_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Request {
-    /// What runs where.
+    /// What runs where, with the figures every node told last (some seconds ago at most): faults, messages,
+    /// the pages hosts fight for and the vCPUs that do.
     Status,
     /// End the machine now.
     Stop,

@@ -1,7 +1,9 @@
 //! Attending a running machine: console, events, requests to end, and the nodes' ends.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -73,6 +75,27 @@ impl Port {
     }
 }
 
+/// What each node counted when it last told.
+#[derive(Clone, Debug, Default)]
+pub struct Statistics(Arc<Mutex<BTreeMap<usize, Value>>>);
+
+impl Statistics {
+    /// The last word of a node; null if it has said nothing yet.
+    pub fn of(&self, node: usize) -> Value {
+        self.lock().get(&node).cloned().unwrap_or_default()
+    }
+
+    fn keep(&self, node: usize, json: &Value) {
+        if json["event"] == "statistics" {
+            self.lock().insert(node, json.clone());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Value>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The running machine as the front end sees it; `ports[i]` is node `i`.
 pub struct Attended<'a> {
     /// The way to each node.
@@ -83,6 +106,8 @@ pub struct Attended<'a> {
     pub events: &'a Receiver<FrontEvent>,
     /// Where events are told.
     pub reporter: Reporter,
+    /// Where the nodes' figures are kept.
+    pub statistics: Statistics,
 }
 
 impl Attended<'_> {
@@ -101,7 +126,9 @@ impl Attended<'_> {
             let wish = match event {
                 FrontEvent::Node(_, NodeEvent::Console(bytes)) => show(&bytes).err(),
                 FrontEvent::Node(node, NodeEvent::Event(line, json)) => {
-                    self.reporter.event(&line, &with_node(json, node));
+                    let json = with_node(json, node);
+                    self.statistics.keep(node, &json);
+                    self.reporter.event(&line, &json);
                     None
                 }
                 FrontEvent::Node(node, NodeEvent::Ended(end)) => {
@@ -222,6 +249,7 @@ mod tests {
             names: vec!["a".into(), "b".into()],
             events: &receiver,
             reporter: Reporter::new(true),
+            statistics: Statistics::default(),
         };
         let (ending, all) = attended.run();
         (

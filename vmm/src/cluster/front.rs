@@ -16,7 +16,7 @@ use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::api::{self, Api};
-use super::attend::{Attended, FrontEvent, NodeEvent, Port};
+use super::attend::{Attended, FrontEvent, NodeEvent, Port, Statistics};
 use super::console::{RawMode, read_input};
 use super::daemon::Runner;
 use super::errno;
@@ -141,7 +141,8 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
     let specs = specs(options, &candidates, &placement, transport, events.reporter)?;
     let names = specs[0].host_names.clone();
     let mut cluster = Cluster::new(nodes, &events.sender)?;
-    let _guards = attend_user(options, events, &placement, &names)?;
+    let statistics = Statistics::default();
+    let _guards = attend_user(options, events, &placement, &names, &statistics)?;
     let ending = loop {
         let running = cluster
             .prepare(specs.clone(), &events.receiver)?
@@ -154,6 +155,7 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
             names,
             events: &events.receiver,
             reporter: events.reporter,
+            statistics: statistics.clone(),
         };
         match attended.run() {
             (Ending::Reset, true) => {
@@ -188,7 +190,8 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
     let placement = plan::plan(&candidates, request)?;
     let spec = specs(options, &candidates, &placement, NodeTransport::Tcp, events.reporter)?.remove(0);
     let names = spec.host_names.clone();
-    let _guards = attend_user(options, events, &placement, &names)?;
+    let statistics = Statistics::default();
+    let _guards = attend_user(options, events, &placement, &names, &statistics)?;
     let ending = loop {
         let (input, typed) = channel();
         let (runner, spec, sender) = (runner.clone(), spec.clone(), events.sender.clone());
@@ -210,6 +213,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
             names,
             events: &events.receiver,
             reporter: events.reporter,
+            statistics: statistics.clone(),
         };
         match attended.run() {
             (Ending::Reset, true) => events.reporter.event("the guest restarts", &json!({"event": "reset"})),
@@ -414,17 +418,23 @@ fn attend_user(
     events: &Events,
     placement: &Placement,
     names: &[String],
+    statistics: &Statistics,
 ) -> Result<(Option<Api>, Option<RawMode>), FrontError> {
     let no_thread = |error: io::Error| FrontError::System(format!("no thread: {}", errno::describe(&error)));
-    let status = json!({
-        "name": options.name, "state": "running", "cpus": placement.cpus(), "memory": placement.memory(),
-        "nodes": names.iter().zip(&placement.hosts).enumerate().map(|(node, (host, share))| {
-            json!({"node": node, "host": host, "vcpus": share.vcpus, "memory": share.memory})
-        }).collect::<Vec<_>>(),
-    });
+    let status = {
+        let (name, placement, names, statistics) = (options.name.clone(), placement.clone(), names.to_vec(), statistics.clone());
+        move || {
+            let nodes = names.iter().zip(&placement.hosts).enumerate().map(|(node, (host, share))| {
+                json!({"node": node, "host": host, "vcpus": share.vcpus, "memory": share.memory,
+                    "statistics": statistics.of(node)})
+            });
+            json!({"name": name, "state": "running", "cpus": placement.cpus(), "memory": placement.memory(),
+                "nodes": nodes.collect::<Vec<_>>()})
+        }
+    };
     let quit = events.sender.clone();
     let answer = move |request| match request {
-        api::Request::Status => json!({"status": status}),
+        api::Request::Status => json!({"status": status()}),
         api::Request::Stop => {
             let _ = quit.send(FrontEvent::Quit("asked over the control socket".into()));
             json!({})

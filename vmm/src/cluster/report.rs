@@ -19,8 +19,11 @@ impl Reporter {
         Self { json }
     }
 
-    /// Something worth knowing.
+    /// Something worth knowing; without a line it is for programs only.
     pub fn event(&self, line: &str, json: &Value) {
+        if line.is_empty() && !self.json {
+            return;
+        }
         self.write(&if self.json {
             json.to_string()
         } else {

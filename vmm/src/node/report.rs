@@ -1,9 +1,10 @@
-//! What a node counted, told at the end; and its console's input.
+//! What a node counted, told while it runs and at the end; and its console's input.
 
 use std::sync::Arc;
 
+use krg_dsm::contention::HotPage;
 use krg_dsm::node::Dsm;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{NodeOutput, NodeSpec};
 use crate::machine::Machine;
@@ -22,8 +23,23 @@ pub(super) fn type_in(machine: &Machine, bytes: &[u8]) {
     tracing::warn!("the guest doesn't read its console: {} typed bytes dropped", rest.len());
 }
 
-/// Tells this node's counters.
+/// Contended pages that are told.
+const HOT_PAGES: usize = 16;
+
+/// Tells this node's counters, at its end.
 pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, output: &Arc<dyn NodeOutput>) {
+    let (line, figures) = figures(spec, machine, dsm, "counters");
+    output.event(&line, figures);
+}
+
+/// Tells this node's counters so far, to programs only.
+pub(super) fn statistics(spec: &NodeSpec, machine: &Machine, dsm: &Dsm, output: &Arc<dyn NodeOutput>) {
+    let (line, figures) = figures(spec, machine, Some(dsm), "statistics");
+    tracing::info!("{line}");
+    output.event("", figures);
+}
+
+fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -> (String, Value) {
     let own = spec.placement.hosts.get(spec.node).map(|h| h.vcpus.as_slice()).unwrap_or_default();
     let all = (0..spec.placement.cpus()).filter_map(|v| machine.statistics(v));
     let (mut sent, mut received) = (0, 0);
@@ -34,7 +50,7 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
     let exits: u64 = own.iter().filter_map(|v| machine.statistics(*v)).map(|s| s.exits()).sum();
     let name = spec.host_names.get(spec.node).map(String::as_str).unwrap_or("this host");
     let mut line = format!("node {} ({name}): {exits} vCPU exits, remote interrupts {sent} out {received} in", spec.node);
-    let mut figures = json!({"event": "counters", "node": spec.node, "host": name, "vcpu_exits": exits,
+    let mut figures = json!({"event": event, "node": spec.node, "host": name, "vcpu_exits": exits,
         "remote_interrupts_out": sent, "remote_interrupts_in": received});
     if let Some((c, replicas)) = dsm.and_then(Dsm::counters) {
         let (mut messages, mut bytes) = (0, 0);
@@ -45,9 +61,9 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
         }
         line += &format!(
             "; faults: {} read, {} write, {} upgrade ({} of them zero pages, {} neighbours taken along), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
-             page tables: {replicas} replicated, {} promoted, {} demoted, {} words merged in {} flushes, {} conflicts",
+             page tables: {replicas} replicated, {} promoted, {} demoted, {} words merged in {} flushes of {} pages compared, {} conflicts",
             c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.zero_neighbours, c.stale_faults, c.pages_in, c.pages_out,
-            messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.conflicts
+            messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.pages_compared, c.conflicts
         );
         let blocks = dsm.map(Dsm::blocks).unwrap_or_default();
         line += &format!(
@@ -76,18 +92,22 @@ pub(super) fn counters(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, ou
         figures["messages_out"] = json!(messages);
         figures["bytes_out"] = json!(bytes);
     }
-    output.event(&line, figures);
+    if let Some(dsm) = dsm {
+        let (hottest, bounces) = dsm.hottest(HOT_PAGES);
+        line += &format!("; {bounces} pages taken away soon after they had come");
+        figures["bounces"] = json!(bounces);
+        figures["hot_pages"] = hottest.iter().map(|hot| hot_page(dsm, hot)).collect();
+    }
+    (line, figures)
 }
 
-/// Logs what the shared memory did so far, and its hottest pages.
-pub(super) fn progress(dsm: &Dsm) {
-    if !tracing::enabled!(tracing::Level::INFO) {
-        return;
-    }
-    if let Some((counters, replicas)) = dsm.counters() {
-        let hottest: Vec<_> = dsm.hottest(12).into_iter().map(|(gpa, n)| format!("{gpa:#x}:{n}")).collect();
-        let waited = dsm.waited();
-        let mean_us = waited.total.as_micros() as u64 / waited.faults.max(1);
-        tracing::info!(mean_us, ?counters, replicas, hottest = hottest.join(" "), "shared memory");
-    }
+/// A contended page: where it is, and which threads here fight for it, by their names (`vcpu3`).
+fn hot_page(dsm: &Dsm, hot: &HotPage) -> Value {
+    let name = |thread: u32| {
+        let comm = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
+        comm.map_or_else(|_| format!("thread {thread}"), |comm| comm.trim().to_owned())
+    };
+    let threads: Vec<Value> =
+        hot.threads.iter().map(|(thread, faults)| json!({"thread": name(*thread), "faults": faults})).collect();
+    json!({"address": dsm.ram().gpa_of(hot.page), "faults": hot.faults, "bounces": hot.bounces, "threads": threads})
 }

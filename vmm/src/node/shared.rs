@@ -33,7 +33,7 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 /// A block of memory that no other node asked for a page of in this time goes back into one huge page.
 const MERGE_AFTER: Duration = Duration::from_secs(10);
 
-/// Counters are logged this often (KRG_LOG=info).
+/// Counters are told this often: to the front end, and in the log (KRG_LOG=info).
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Messages while starting and ending, outside the protocol's order.
@@ -327,8 +327,14 @@ impl Node<'_> {
 
     /// Until the machine ends.
     fn wait(&self) -> NodeEnd {
+        let mut next = Instant::now() + REPORT_INTERVAL;
         loop {
-            match self.happenings.recv_timeout(REPORT_INTERVAL) {
+            let now = Instant::now();
+            if now >= next {
+                report::statistics(self.spec, &self.machine, &self.dsm, self.output);
+                next = now + REPORT_INTERVAL;
+            }
+            match self.happenings.recv_timeout(next.saturating_duration_since(now)) {
                 Ok(Happening::Setup(from, bytes)) => match serde_json::from_slice(&bytes) {
                     Ok(Setup::Ended) => return NodeEnd::PeerEnded(from),
                     Ok(Setup::Clock) if self.spec.node == 0 => self.tell(from, &Setup::Tsc(tsc::read())),
@@ -339,7 +345,7 @@ impl Node<'_> {
                         return end;
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => report::progress(&self.dsm),
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return NodeEnd::Stopped("the front end is gone".into()),
             }
         }

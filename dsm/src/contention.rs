@@ -1,0 +1,166 @@
+//! Which pages hosts fight for, and who fights for them here.
+//!
+//! A page *bounces* when it is taken away soon after it came. Pages that bounce most are told, with the
+//! threads that faulted on them: whoever places vCPUs can bring those together.
+//!
+//! Pure: times come in as microseconds since some start.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+/// Taken away sooner than this after it came, in microseconds, a page has bounced.
+const BOUNCE: u64 = 20_000;
+/// Pages that are remembered; the least contended are forgotten first.
+const REMEMBERED: usize = 4096;
+/// Threads that are remembered for one page.
+const THREADS: usize = 4;
+
+/// What is known of a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Page {
+    faults: u32,
+    bounces: u32,
+    arrived: Option<u64>,
+    /// (thread, faults), those that were seen most.
+    threads: [(u32, u32); THREADS],
+}
+
+/// A contended page, as it is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HotPage {
+    /// Page index.
+    pub page: u32,
+    /// Faults on it here.
+    pub faults: u32,
+    /// Times it was taken away soon after it had come.
+    pub bounces: u32,
+    /// Kernel ids of the threads here that faulted on it, and how often: most first.
+    pub threads: Vec<(u32, u32)>,
+}
+
+/// The contended pages of one node.
+#[derive(Debug, Default)]
+pub struct Contention {
+    pages: HashMap<u32, Page>,
+    bounces: u64,
+}
+
+impl Contention {
+    /// `thread` here waits for a page.
+    pub fn fault(&mut self, page: u32, thread: u32) {
+        if self.pages.len() >= REMEMBERED && !self.pages.contains_key(&page) {
+            self.forget();
+        }
+        let entry = self.pages.entry(page).or_default();
+        entry.faults = entry.faults.saturating_add(1);
+        if let Some(seen) = entry.threads.iter_mut().find(|(id, count)| *id == thread && *count > 0) {
+            seen.1 = seen.1.saturating_add(1);
+        } else if let Some(least) = entry.threads.iter_mut().min_by_key(|(_, count)| *count) {
+            // The newcomer takes over the count: who comes often is soon told from who came once.
+            *least = (thread, least.1.saturating_add(1));
+        }
+    }
+
+    /// A page that was waited for has come.
+    pub fn arrived(&mut self, page: u32, now: u64) {
+        if let Some(entry) = self.pages.get_mut(&page) {
+            entry.arrived = Some(now);
+        }
+    }
+
+    /// A page was taken away.
+    pub fn taken(&mut self, page: u32, now: u64) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        let Some(arrived) = entry.arrived.take() else { return };
+        if now.saturating_sub(arrived) < BOUNCE {
+            entry.bounces = entry.bounces.saturating_add(1);
+            self.bounces += 1;
+        }
+    }
+
+    /// Times any page was taken away soon after it had come.
+    pub fn bounces(&self) -> u64 {
+        self.bounces
+    }
+
+    /// The most contended pages: by bounces, then by faults.
+    pub fn hottest(&self, count: usize) -> Vec<HotPage> {
+        let mut pages: Vec<(&u32, &Page)> = self.pages.iter().collect();
+        pages.sort_unstable_by_key(|(number, page)| std::cmp::Reverse((page.bounces, page.faults, **number)));
+        pages.into_iter().take(count).map(|(number, page)| page.told(*number)).collect()
+    }
+
+    /// Forgets the less contended half.
+    fn forget(&mut self) {
+        let weight = |page: &Page| (page.bounces, page.faults);
+        let mut weights: Vec<_> = self.pages.values().map(weight).collect();
+        let middle = weights.len() / 2;
+        let (_, median, _) = weights.select_nth_unstable(middle);
+        let median = *median;
+        self.pages.retain(|_, page| weight(page) > median);
+    }
+}
+
+impl Page {
+    fn told(&self, page: u32) -> HotPage {
+        let mut threads: Vec<_> = self.threads.into_iter().filter(|(_, count)| *count > 0).collect();
+        threads.sort_unstable_by_key(|(id, count)| (std::cmp::Reverse(*count), *id));
+        HotPage { page, faults: self.faults, bounces: self.bounces, threads }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bounce(contention: &mut Contention, page: u32, thread: u32, at: u64) {
+        contention.fault(page, thread);
+        contention.arrived(page, at);
+        contention.taken(page, at + 100);
+    }
+
+    #[test]
+    fn a_page_bounces_if_it_goes_soon_after_it_came() {
+        let mut c = Contention::default();
+        bounce(&mut c, 7, 1, 0);
+        c.taken(7, 200);
+        assert_eq!(c.bounces(), 1, "it had not come again");
+        c.fault(7, 1);
+        c.arrived(7, 1000);
+        c.taken(7, 1000 + BOUNCE);
+        assert_eq!(c.bounces(), 1, "it stayed for long");
+        c.taken(8, 5);
+        assert_eq!(c.bounces(), 1, "never waited for");
+    }
+
+    #[test]
+    fn the_hottest_come_first_with_those_who_fight_for_them() {
+        let mut c = Contention::default();
+        for n in 0..10 {
+            bounce(&mut c, 1, 100 + u32::from(n % 3 == 0), 1000 * n);
+        }
+        bounce(&mut c, 2, 100, 0);
+        c.fault(3, 102);
+        let hot = c.hottest(2);
+        assert_eq!(hot[0], HotPage { page: 1, faults: 10, bounces: 10, threads: vec![(100, 6), (101, 4)] });
+        assert_eq!((hot[1].page, hot.len()), (2, 2));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_and_the_contended_stay() {
+        let mut c = Contention::default();
+        for n in 0..5 {
+            bounce(&mut c, 1, 9, 1000 * n);
+        }
+        for page in 10..10 * REMEMBERED as u32 {
+            c.fault(page, page);
+        }
+        assert!(c.pages.len() <= REMEMBERED);
+        assert_eq!(c.hottest(1)[0].page, 1);
+        for thread in 0..100 {
+            c.fault(1, 1000 + thread);
+        }
+        assert_eq!(c.hottest(1)[0].threads.len(), THREADS);
+    }
+}
