@@ -239,6 +239,10 @@ mod tests {
 
     /// Attends two nodes in this process to which `events` happen; returns what each was told too.
     fn attend(events: Vec<FrontEvent>) -> (Ending, bool, Vec<Vec<NodeInput>>) {
+        attend_with(events, Statistics::default())
+    }
+
+    fn attend_with(events: Vec<FrontEvent>, statistics: Statistics) -> (Ending, bool, Vec<Vec<NodeInput>>) {
         let (sender, receiver) = channel();
         let (ports, inputs): (Vec<_>, Vec<_>) = (0..2).map(|_| channel()).unzip();
         for event in events {
@@ -249,7 +253,7 @@ mod tests {
             names: vec!["a".into(), "b".into()],
             events: &receiver,
             reporter: Reporter::new(true),
-            statistics: Statistics::default(),
+            statistics,
         };
         let (ending, all) = attended.run();
         (
@@ -267,6 +271,24 @@ mod tests {
     fn power_off_on_all_nodes() {
         let (ending, all, _) = attend(vec![ended(1, NodeEnd::PowerOff), ended(0, NodeEnd::PowerOff)]);
         assert_eq!((ending, all), (Ending::PowerOff, true));
+    }
+
+    #[test]
+    fn the_last_figures_of_each_node_are_kept() {
+        let statistics = Statistics::default();
+        let told = |json: Value| FrontEvent::Node(1, NodeEvent::Event(String::new(), json));
+        attend_with(
+            vec![
+                told(json!({"event": "statistics", "bounces": 1})),
+                told(json!({"event": "statistics", "bounces": 2})),
+                told(json!({"event": "counters", "bounces": 3})),
+                ended(1, NodeEnd::PowerOff),
+                ended(0, NodeEnd::PowerOff),
+            ],
+            statistics.clone(),
+        );
+        assert_eq!(statistics.of(1), json!({"event": "statistics", "bounces": 2, "node": 1}));
+        assert_eq!(statistics.of(0), Value::Null);
     }
 
     #[test]

@@ -106,6 +106,7 @@ fn check(test: &Litmus, plan: Plan, run_as: Run, patience: Duration) -> Result<(
         }
         None => {}
     }
+    assert!(nodes.contended(BARRIER), "{}: nobody tells of the barrier, which all fight for", test.name);
     assert_eq!(counts.iter().sum::<u64>(), total, "{}: {counts:?}", test.name);
     assert!(
         transfers > u64::from(run_as.rounds),

@@ -268,6 +268,14 @@ impl Nodes {
         self.counters().iter().map(|counters| counters.pages_in).sum()
     }
 
+    /// Whether some node tells of the page at `gpa` as one that hosts fight for, and of a thread that does.
+    pub fn contended(&self, gpa: u64) -> bool {
+        self.nodes.iter().any(|node| {
+            let (hottest, _) = node.dsm.hottest(16);
+            hottest.iter().any(|hot| node.dsm.ram().gpa_of(hot.page) == Some(gpa) && hot.bounces > 0 && !hot.threads.is_empty())
+        })
+    }
+
     /// Stops the vCPUs and tells where each stood: for a test that failed.
     pub fn describe(&self) -> String {
         self.stop_machines();
