@@ -111,6 +111,9 @@ struct State {
     roots_asked: Instant,
     contention: Contention,
     begun: Instant,
+    /// Numbers of requests to give pages up: the next one, and those that are complete.
+    next_free: u32,
+    freed: Vec<u32>,
     /// Pages this node waits for, since when.
     waiting: HashMap<u32, Instant>,
     waited: Waited,
@@ -147,6 +150,8 @@ pub struct Dsm {
     room: Condvar,
     /// Read faults are watched for streams, whose pages are asked for ahead of need.
     ahead: AtomicBool,
+    /// Pages have been given up.
+    freed: Condvar,
 }
 
 impl Dsm {
@@ -168,6 +173,7 @@ impl Dsm {
             full: Condvar::new(),
             room: Condvar::new(),
             ahead: AtomicBool::new(true),
+            freed: Condvar::new(),
         })
     }
 
@@ -200,7 +206,7 @@ impl Dsm {
             engine.plant(bug);
         }
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -242,6 +248,40 @@ impl Dsm {
                 end += 1;
             }
             self.step(self.me, Input::Prefetch { pages: first..end, write });
+        }
+    }
+
+    /// The guest has no use for the whole pages of a range: nobody has them when this returns, and they read
+    /// as zeros, but for those that were in use after all. Addresses that are no RAM are left out.
+    pub fn free(&self, gpa: u64, len: u64) {
+        let frames = gpa.div_ceil(4096)..gpa.saturating_add(len) >> 12;
+        let geometry = match self.lock().as_ref() {
+            Some(state) => state.engine.geometry().clone(),
+            None => return,
+        };
+        let mut pages = frames.filter_map(|frame| geometry.page_of_frame(frame)).peekable();
+        while let Some(first) = pages.next() {
+            let mut end = first + 1;
+            while pages.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            let id = match self.lock().as_mut() {
+                Some(state) => {
+                    state.next_free = state.next_free.wrapping_add(1);
+                    state.next_free
+                }
+                None => return,
+            };
+            self.step(self.me, Input::Free { id, pages: first..end });
+            let mut guard = self.lock();
+            // The end of coherence ends this, too.
+            while let Some(state) = guard.as_mut() {
+                if let Some(at) = state.freed.iter().position(|done| *done == id) {
+                    state.freed.swap_remove(at);
+                    break;
+                }
+                guard = self.freed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            }
         }
     }
 
@@ -404,7 +444,7 @@ impl Dsm {
             guard = self.await_room(guard, page);
         }
         let Some(state) = guard.as_mut() else { return false };
-        let State { engine, memory, cache, out, encoded, roots_asked, contention, begun, waiting, waited, .. } = state;
+        let State { engine, memory, cache, out, encoded, roots_asked, freed, contention, begun, waiting, waited, .. } = state;
         let mut faulted = None;
         if let Input::Fault { page, .. } = input {
             faulted = Some((page, Instant::now()));
@@ -452,6 +492,10 @@ impl Dsm {
         }
         if memory.copies() != copies {
             self.copies_changed(cache, copies, memory.copies());
+        }
+        if !out.freed.is_empty() {
+            freed.append(&mut out.freed);
+            self.freed.notify_all();
         }
         let deliver = std::mem::take(&mut out.deliver);
         if std::mem::take(&mut out.want_roots) && roots_asked.elapsed() >= ROOTS_INTERVAL {

@@ -369,3 +369,35 @@ fn no_increment_is_lost_where_there_is_no_room() {
     assert_eq!(total, 6 * EACH);
     stop(&nodes);
 }
+
+#[test]
+fn memory_that_is_given_up_is_zero_everywhere_and_takes_no_room() {
+    let nodes = cluster_of(3, 6 * 512, Duration::from_secs(10), u64::MAX);
+    // Whole blocks at home, a block that others share, and single pages.
+    for page in 0..6 * 512 {
+        nodes[page as usize / 1024].word(page, 1).store(7, SeqCst);
+    }
+    for page in (512..1024).chain(1500..1600) {
+        assert_eq!(nodes[0].word(page, 1).load(SeqCst), 7);
+        assert_eq!(nodes[2].word(page, 1).fetch_add(1, SeqCst), 7);
+    }
+    let private = nodes[0].dsm.blocks().private + nodes[1].dsm.blocks().private;
+    nodes[0].dsm.free(0x1000, 2000 * 4096);
+    let (freed, copies): (Vec<u64>, Vec<u32>) =
+        nodes.iter().map(|n| (n.dsm.counters().unwrap().0.pages_freed, n.dsm.copies().pages)).unzip();
+    assert_eq!((freed, copies), (vec![1023, 977, 0], vec![0, 0, 0]));
+    assert!(nodes[0].dsm.blocks().private + nodes[1].dsm.blocks().private < private);
+    for page in 0..6 * 512 {
+        let expected = if (1..2001).contains(&page) { 0 } else { 7 };
+        let node = &nodes[page as usize % 3];
+        assert_eq!(node.word(page, 1).load(SeqCst), expected, "page {page}");
+        node.word(page, 1).store(u64::from(page), SeqCst);
+    }
+    for page in 0..6 * 512 {
+        assert_eq!(nodes[1].word(page, 1).load(SeqCst), u64::from(page));
+    }
+    // Nothing, and what is no RAM.
+    nodes[1].dsm.free(0x1001, 0x1ffe);
+    nodes[1].dsm.free(1 << 40, 1 << 20);
+    stop(&nodes);
+}

@@ -11,6 +11,7 @@
 //!    thread that does; they hand work to the device's thread and return.
 //! 2. Only a device's own threads touch guest memory, holding no lock that a handler takes.
 
+pub mod balloon;
 pub mod block;
 pub mod device;
 pub mod disk;

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::balloon::BalloonState;
 pub use crate::block::BlockState;
 pub use crate::net::NetState;
 pub use crate::pci::config::ConfigState;
@@ -58,6 +59,8 @@ pub struct VirtioPciState {
 /// A virtio device, apart from its transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// virtio-balloon.
+    Balloon(BalloonState),
     /// virtio-blk.
     Block(BlockState),
     /// virtio-net.

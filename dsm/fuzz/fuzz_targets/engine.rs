@@ -82,6 +82,7 @@ fuzz_target!(|data: &[u8]| {
         memory.0[page] = Some(([0; W], true));
     }
     let mut out = Output::default();
+    let mut requests = 0;
     // A kind and a length, then so many bytes.
     while let [kind, len, more @ ..] = rest {
         let (body, next) = more.split_at(usize::from(*len).min(more.len()));
@@ -91,7 +92,15 @@ fuzz_target!(|data: &[u8]| {
             0 => Input::Fault { page: u32::from(first) % PAGES, write: kind & 8 != 0 },
             1 => {
                 let page = u32::from(first) % PAGES;
-                Input::Prefetch { pages: page..(page + 3).min(PAGES), write: kind & 8 != 0 }
+                let pages = page..(page + 3).min(PAGES);
+                match body.get(1) {
+                    Some(1) => Input::Evict(pages.collect()),
+                    Some(2) => {
+                        requests += 1;
+                        Input::Free { id: requests, pages }
+                    }
+                    _ => Input::Prefetch { pages, write: kind & 8 != 0 },
+                }
             }
             2 => Input::Roots(body.iter().map(|page| u32::from(*page) % PAGES).collect()),
             3 => {

@@ -10,6 +10,8 @@
 //! process may have so many (vm.max_map_count). Near half of that no more blocks become private where
 //! that makes boundaries, and blocks are shared together with their neighbours.
 
+use std::ops::Range;
+
 use crate::memory::{Access, BLOCK_PAGES, MemoryError, PAGE_SHIFT, UffdMemory};
 
 /// Bytes of a block.
@@ -121,6 +123,27 @@ impl UffdMemory {
             .try_for_each(|block| self.share_block(block))
     }
 
+    /// Drops the content of pages that are all present. A private block that goes whole is shared without
+    /// being filled first: whoever touches it meanwhile waits as for any page that goes.
+    pub(super) fn try_discard_run(&mut self, pages: Range<u32>) -> Result<(), MemoryError> {
+        for page in pages.clone() {
+            self.present(page, "discard")?;
+        }
+        let mut next = pages.start;
+        while next < pages.end {
+            let (block, after) = (next / BLOCK_PAGES, (next / BLOCK_PAGES + 1) * BLOCK_PAGES);
+            let whole = next % BLOCK_PAGES == 0 && after <= pages.end;
+            if whole && self.blocks.is_private(block) && self.blocks.fits(block) {
+                self.register_block(block)?;
+            } else {
+                self.share_block_of(next)?;
+            }
+            self.blocks.disturb(block);
+            next = after.min(pages.end);
+        }
+        self.ram().discard_range(pages)
+    }
+
     /// Moves the hand over the next `count` blocks, and makes those private of which all pages have been
     /// writable for `passes` passes and `exclusive` says of every page that no other node has it. Returns
     /// them: [`crate::memory::GuestRam::collapse`] makes them huge pages.
@@ -173,6 +196,10 @@ impl UffdMemory {
     fn share_block(&mut self, block: u32) -> Result<(), MemoryError> {
         // First filled: an absent page would be a fault nobody expects of a page that is ours.
         self.ram().populate(block)?;
+        self.register_block(block)
+    }
+
+    fn register_block(&mut self, block: u32) -> Result<(), MemoryError> {
         let (uffd, address) = self.at(block * BLOCK_PAGES)?;
         // SAFETY: a whole block of a range, which GuestRam keeps mapped as private anonymous memory
         // until the process ends and that is only accessed atomically.

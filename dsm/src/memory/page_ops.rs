@@ -128,6 +128,14 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         }
     }
 
+    /// Present to absent, in few requests; private blocks are not filled before.
+    fn discard_run(&mut self, pages: Range<u32>) {
+        let result = self.try_discard_run(pages.clone());
+        if self.keep(result).is_some() {
+            pages.for_each(|page| self.access.set(page, Access::Absent));
+        }
+    }
+
     /// Lets those who wait for the page touch it again; they fault again if it is not there.
     fn wake(&mut self, page: u32) {
         let result = self.at(page).and_then(|(uffd, address)| uffd.wake(address));

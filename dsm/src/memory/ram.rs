@@ -188,6 +188,24 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Gives the memory of the whole pages of a guest-physical range back to the host: they read as zeros.
+    /// Addresses that are no RAM are left out.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn free(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        let end = gpa.saturating_add(len);
+        for range in self.layout.ranges() {
+            let inside = |gpa: u64| gpa.clamp(range.gpa, range.gpa + range.len);
+            let from = inside(gpa).next_multiple_of(PAGE_SIZE as u64);
+            let to = inside(end) & !(PAGE_SIZE as u64 - 1);
+            if let Some(first) = (from < to).then(|| self.index_of(from)).flatten() {
+                self.discard_range(first..first + ((to - from) >> PAGE_SHIFT) as u32)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Drops all content.
     ///
     /// # Errors
@@ -342,6 +360,21 @@ mod tests {
         ram.discard_all().unwrap();
         assert_eq!(ram.words(4).unwrap()[0].load(Ordering::Relaxed), 0);
         assert!(matches!(ram.discard(256), Err(MemoryError::Bounds { page: 256, .. })));
+    }
+
+    #[test]
+    fn whole_pages_of_any_range_are_given_back() {
+        let ram = GuestRam::new(&[(0, 1 << 20), (4 << 30, 1 << 20)], false).unwrap();
+        for page in 0..ram.pages() {
+            ram.words(page).unwrap()[0].store(7, Ordering::Relaxed);
+        }
+        // From the middle of page 254 over the hole to the middle of the second range's page 1.
+        ram.free((254 << 12) + 100, (4 << 30) + 0x1800 - (254 << 12) - 100).unwrap();
+        let kept = |page: u32| ram.words(page).unwrap()[0].load(Ordering::Relaxed) == 7;
+        assert_eq!([254, 255, 256, 257].map(kept), [true, false, false, true]);
+        ram.free(u64::MAX - 10, 100).unwrap();
+        ram.free(2 << 30, 1 << 20).unwrap();
+        assert!(kept(0) && kept(511));
     }
 
     #[test]

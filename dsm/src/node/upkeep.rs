@@ -36,6 +36,7 @@ impl Dsm {
     pub(super) fn stop_upkeep(&self) {
         self.full.notify_all();
         self.room.notify_all();
+        self.freed.notify_all();
         for thread in std::mem::take(&mut *self.upkeep.lock().unwrap_or_else(PoisonError::into_inner)) {
             thread.thread().unpark();
             // One that failed the machine may be what ends it.

@@ -34,6 +34,8 @@ pub(super) enum Busy {
     Demotion { owner: Option<NodeId>, waiting: NodeSet, changes: Vec<Change> },
     /// A copy goes that its node had no room for: until it says that it is gone.
     Eviction { node: NodeId },
+    /// Given up for `by`, as part of what it called `id`, once these have dropped their copies.
+    Freeing { by: NodeId, id: u32, waiting: NodeSet },
 }
 
 /// What home keeps of a replicated page: its level as a table, who has a replica, and the content all
@@ -56,9 +58,12 @@ pub(super) struct Directory<const W: usize> {
     pub masters: BTreeMap<u32, Master<W>>,
     /// Pages that a node reads and then writes while nobody else reads them: the next reader is given
     /// the page to write at once. Locks and counters are such pages.
-    migratory: BTreeSet<u32>,
     /// The pages last given to a writer, newest last: those who only expect to read don't get them.
     written: VecDeque<u32>,
+    pub(super) migratory: BTreeSet<u32>,
+    /// Pages that are still busy of what a node wants to be given up, by that node and its number for it
+    /// ([`super::free::key`]).
+    pub(super) freeing: BTreeMap<u64, u32>,
 }
 
 impl<const W: usize> Directory<W> {
@@ -76,6 +81,7 @@ impl<const W: usize> Directory<W> {
             masters: BTreeMap::new(),
             migratory: BTreeSet::new(),
             written: VecDeque::new(),
+            freeing: BTreeMap::new(),
         }
     }
 
@@ -107,6 +113,7 @@ impl<const W: usize> Directory<W> {
             Busy::Request { by, owner } => node(*by) && node(*owner) && place(*page).names(*by),
             Busy::Recall { requester, owner } => node(*requester) && node(*owner) && requester != owner,
             Busy::Eviction { node: of } => node(*of),
+            Busy::Freeing { by, waiting, .. } => node(*by) && waiting.fits(nodes) && !waiting.is_empty(),
             Busy::Demotion { owner, waiting, changes } => {
                 self.masters.contains_key(page)
                     && owner.is_none_or(|owner| node(owner) && !waiting.contains(owner))
@@ -114,12 +121,19 @@ impl<const W: usize> Directory<W> {
                     && changes.iter().all(|change| change.page == *page && usize::from(change.word) < W)
             }
         };
+        let mut freeing = BTreeMap::new();
+        for busy in self.busy.values() {
+            if let Busy::Freeing { by, id, .. } = busy {
+                *freeing.entry(super::free::key(*by, *id)).or_insert(0) += 1;
+            }
+        }
         let queue_fits = |(page, queue): (&u32, &VecDeque<Request>)| {
             let from: BTreeSet<_> = queue.iter().map(|request| request.from).collect();
             self.busy.contains_key(page) && !queue.is_empty() && from.len() == queue.len() && from.into_iter().all(node)
         };
         known.copied().all(|page| homed.contains(&page))
             && owners_fit
+            && self.freeing == freeing
             && self.masters.keys().copied().eq(replicated)
             && self.masters.values().all(|m| (1..=pte::ROOT_LEVEL).contains(&m.level) && m.holders.fits(nodes))
             && self.busy.iter().all(busy_fits)

@@ -71,6 +71,8 @@ pub enum Input<const W: usize> {
     Send { to: NodeId, bytes: Vec<u8> },
     /// This node has no room for its copies of these pages.
     Evict(Vec<u32>),
+    /// The guest has no use for these pages; `id` names this request, and no other under way.
+    Free { id: u32, pages: Range<u32> },
     /// CR3 of the vCPUs that run here, as pages.
     Roots(Vec<u32>),
     /// This node is lost: nothing of it comes any more.
@@ -90,6 +92,8 @@ pub struct Output<const W: usize> {
     pub failed: Vec<u32>,
     /// Nodes this node knows from now on to be lost: by [`Input::Lost`], or told by another.
     pub lost: Vec<NodeId>,
+    /// Requests to give pages up that are complete: see [`Input::Free`].
+    pub freed: Vec<u32>,
     /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
     pub want_roots: bool,
 }
@@ -123,6 +127,8 @@ pub struct Counters {
     pub zero_neighbours: u64,
     /// Requests for pages before anybody had touched them.
     pub prefetches: u64,
+    /// Pages homed here that were given up because the guest had no use for them.
+    pub pages_freed: u64,
     /// Copies this node asked home to take away.
     pub evictions: u64,
     /// Of the pages asked for ahead of need, those home did not give.
@@ -167,6 +173,8 @@ pub struct Engine<const W: usize> {
     pub(super) given: BTreeMap<u32, u64>,
     /// Times each page was taken away from here: saturating.
     pub(super) taken: Vec<u8>,
+    /// Homes that have not given up their part yet, by the number of the request.
+    pub(super) freeing: BTreeMap<u32, NodeSet>,
     pub(super) loopback: VecDeque<Message<W>>,
     /// Nodes that are lost: nothing is sent to them, taken from them or awaited from them.
     pub(super) gone: NodeSet,
@@ -205,6 +213,7 @@ impl<const W: usize> Engine<W> {
             fence: Fence::default(),
             given: BTreeMap::new(),
             taken: vec![0; pages],
+            freeing: BTreeMap::new(),
             loopback: VecDeque::new(),
             gone: NodeSet::new(),
             counters: Counters::default(),
@@ -254,7 +263,7 @@ impl<const W: usize> Engine<W> {
 
     /// Whether anything waits here for another node.
     pub fn quiet(&self) -> bool {
-        self.pending.is_empty() && self.ahead.is_empty() && self.fence.is_open() && self.directory.quiet()
+        self.pending.is_empty() && self.ahead.is_empty() && self.freeing.is_empty() && self.fence.is_open() && self.directory.quiet()
     }
 
     /// Counters since the start.
@@ -293,6 +302,7 @@ impl<const W: usize> Engine<W> {
         match input {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
+            Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
             Input::Ahead { first, wanted } => self.ask_ahead(first, wanted, memory, out),
             Input::Roots(pages) => self.tables.set_roots(pages),
@@ -394,6 +404,11 @@ impl<const W: usize> Engine<W> {
             Message::Promote { page, requester, level, data } => {
                 self.home_promote(from, page, requester, level, data, memory, out)?;
             }
+            Message::Free { id, first, count } => {
+                let pages = first..first.saturating_add(count);
+                self.home_free(from, id, pages, memory, out)?;
+            }
+            Message::Freed { id } => self.freed(from, id, out)?,
             Message::Evict { page } => self.home_evict(from, page, memory, out)?,
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
@@ -418,10 +433,9 @@ impl<const W: usize> Engine<W> {
             }
             Message::Invalidate { page, requester } => {
                 let access = self.access[page as usize];
-                if from != self.geometry.home(page)
-                    || usize::from(requester) >= self.geometry.nodes()
-                    || access != Access::Shared
-                {
+                // For itself home also has a copy dropped that may be written to: nobody needs the page.
+                let possible = access == Access::Shared || (access == Access::Exclusive && requester == from);
+                if from != self.geometry.home(page) || usize::from(requester) >= self.geometry.nodes() || !possible {
                     return bad("Invalidate", page);
                 }
                 let kept = self.bug == Some(Bug::KeepWhileUpgrading) && self.pending.contains_key(&page);
@@ -448,7 +462,7 @@ impl<const W: usize> Engine<W> {
                 let answer = if zero { Answer::Zero { done } } else { Answer::Upgrade { done } };
                 self.answer(from, page, acks, answer, memory, out)?;
             }
-            Message::InvalidateAck { page } if self.home_evicted(from, page, memory, out)? => {}
+            Message::InvalidateAck { page } if self.home_acknowledged(from, page, memory, out)? => {}
             Message::InvalidateAck { page } => {
                 match self.pending.get_mut(&page) {
                     Some(pending) if pending.answer.is_some() => {

@@ -55,19 +55,29 @@ impl<const W: usize> Engine<W> {
         Ok(())
     }
 
-    /// As home: whether this acknowledgement ends an eviction. While there is one, home has no request of
-    /// its own that others acknowledge.
-    pub(super) fn home_evicted(
+    /// As home: whether this acknowledges that a copy is gone because home wanted that itself. Meanwhile home
+    /// has no request for the page that others acknowledge.
+    pub(super) fn home_acknowledged(
         &mut self,
         from: NodeId,
         page: u32,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<bool, ProtocolError> {
-        let evicted = self.directory.busy.get(&page) == Some(&Busy::Eviction { node: from });
-        if evicted {
-            self.resume(page, memory, out)?;
+        match self.directory.busy.get_mut(&page) {
+            Some(Busy::Eviction { node }) if *node == from => {
+                // The owner may have been lost meanwhile.
+                self.resume(page, memory, out)?;
+            }
+            Some(Busy::Freeing { by, id, waiting }) if waiting.contains(from) => {
+                waiting.remove(from);
+                if waiting.is_empty() {
+                    let (by, id) = (*by, *id);
+                    self.home_page_freed(page, by, id, memory, out)?;
+                }
+            }
+            _ => return Ok(false),
         }
-        Ok(evicted)
+        Ok(true)
     }
 }

@@ -43,6 +43,10 @@ impl<const W: usize> Engine<W> {
             }
         }
         self.fence_lost(node, out);
+        let parts: Vec<u32> = self.freeing.iter().filter(|(_, homes)| homes.contains(node)).map(|(id, _)| *id).collect();
+        for id in parts {
+            self.freed(node, id, out)?;
+        }
         self.end_requests(node, memory, out)?;
         self.home_lost(node, memory, out)
     }
@@ -140,6 +144,10 @@ impl<const W: usize> Engine<W> {
             Busy::Recall { .. } => Ok(()),
             Busy::Eviction { node: of } if *of == node => self.resume(page, memory, out),
             Busy::Eviction { .. } => Ok(()),
+            Busy::Freeing { by, id, waiting } => {
+                let (by, id) = (*by, *id);
+                if waiting.remove(node) && waiting.is_empty() { self.home_page_freed(page, by, id, memory, out) } else { Ok(()) }
+            }
             Busy::Demotion { owner, waiting, .. } => {
                 if *owner == Some(node) {
                     *owner = None;

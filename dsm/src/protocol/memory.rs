@@ -70,6 +70,10 @@ pub trait Memory<const W: usize> {
     fn install_zeros(&mut self, pages: Range<u32>);
     /// Present becomes absent: whoever touches it faults.
     fn discard(&mut self, page: u32);
+    /// The same for pages in a row.
+    fn discard_run(&mut self, pages: Range<u32>) {
+        pages.for_each(|page| self.discard(page));
+    }
     /// Lets waiters on a page try again.
     fn wake(&mut self, page: u32);
     /// One word of a present page.

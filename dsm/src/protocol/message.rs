@@ -81,6 +81,10 @@ pub enum Message<const W: usize> {
     Ask { page: u32, wanted: u64 },
     /// Home to requester: copies of the pages of `given` to read, in order; none of the others I was asked for.
     Given { page: u32, wanted: u64, given: u64, #[serde(with = "pages")] data: Vec<PageData<W>> },
+    /// To home: the guest has no use for these pages; tell me when nobody has them any more.
+    Free { id: u32, first: u32, count: u32 },
+    /// From home: that is done.
+    Freed { id: u32 },
     /// Not ours: an interrupt, I/O, anything the machine sends. Ordered with, and released like, data.
     Machine(Vec<u8>),
 }
@@ -189,6 +193,12 @@ impl<const W: usize> Message<W> {
                 out.extend(given.to_le_bytes());
                 data.iter().for_each(|words| put_plain_words(out, words));
             }
+            Free { id, first, count } => {
+                head(out, 25, *id);
+                out.extend(first.to_le_bytes());
+                out.extend(count.to_le_bytes());
+            }
+            Freed { id } => head(out, 26, *id),
             Machine(bytes) => {
                 out.push(16);
                 out.extend(bytes);
@@ -250,6 +260,8 @@ impl<const W: usize> Message<W> {
             13 => Drop { page },
             14 => Dropped { page, changes: r.changes()? },
             22 => Evict { page },
+            25 => Free { id: page, first: r.u32()?, count: r.u32()? },
+            26 => Freed { id: page },
             15 => Demoted { page, changes: r.changes()? },
             18 => {
                 let (lost, f) = (r.u16()?, r.u8()?);
@@ -305,7 +317,7 @@ impl<const W: usize> Message<W> {
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
             Ask { page, .. } | Given { page, .. } => Some(page),
-            Merge { .. } | Merged { .. } | NodeLost { .. } | Machine(_) => None,
+            Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
         }
     }
 }
@@ -460,6 +472,8 @@ mod tests {
             Ask { page: 9, wanted: 0b101 },
             Given { page: 9, wanted: 0b101, given: 0b100, data: vec![[3, 4]] },
             Given { page: 9, wanted: 3, given: 3, data: vec![[3, 4], [5, 6]] },
+            Free { id: 5, first: 512, count: 1024 },
+            Freed { id: 5 },
             Machine(b"anything".to_vec()),
         ]
     }

@@ -14,6 +14,7 @@ mod directory;
 mod engine;
 mod evict;
 mod fence;
+mod free;
 mod geometry;
 mod loss;
 mod memory;

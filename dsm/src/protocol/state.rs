@@ -51,6 +51,7 @@ impl<const W: usize> Engine<W> {
             && engine.zero_group > 0
             && engine.zero_block > 0
             && engine.loopback.is_empty()
+            && engine.freeing.values().all(|homes| homes.fits(geometry.nodes()) && !homes.is_empty())
             && engine.gone.fits(geometry.nodes())
             && !engine.gone.contains(engine.me)
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))

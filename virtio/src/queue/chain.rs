@@ -78,6 +78,11 @@ impl Chain {
         self.head
     }
 
+    /// What the device may write, in order.
+    pub fn writable(&self) -> &[Segment] {
+        &self.writable
+    }
+
     /// Bytes the device may read, less than 4 GiB.
     pub fn readable_len(&self) -> u64 {
         total(&self.readable)

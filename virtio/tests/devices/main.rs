@@ -1,6 +1,7 @@
 //! Whole devices, driven as a guest drives them.
 
 mod accesses;
+mod balloon;
 mod block;
 mod driver;
 mod malformed;

@@ -167,7 +167,7 @@ impl Node<'_> {
             self.say_page_tables(chosen, replicate.is_none(), &walks);
             let booted = boot::load(self.spec, self.dsm.ram().memory(), self.machine.tsc_khz())?;
             self.output.event(&booted.line, json!({"event": "boot", "what": booted.line}));
-            let devices = devices::make(self.spec, booted.disks, self.dsm.ram().memory(), &self.machine, Some(&self.dsm))?;
+            let devices = devices::make(self.spec, booted.disks, self.dsm.ram(), &self.machine, Some(&self.dsm))?;
             self.machine.attach(devices.clone());
             *pci = Some(devices);
             self.machine.set_entry(&booted.loaded.entry).map_err(|e| e.to_string())?;

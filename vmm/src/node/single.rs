@@ -13,7 +13,7 @@ use crate::machine::{Machine, MachineConfig};
 
 pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn NodeOutput>) -> Result<NodeEnd, String> {
     let ranges: Vec<_> = ram_ranges(spec.placement.memory()).iter().map(|r| (r.start, r.end - r.start)).collect();
-    let ram = GuestRam::new(&ranges, false).map_err(|e| e.to_string())?;
+    let ram = Arc::new(GuestRam::new(&ranges, false).map_err(|e| e.to_string())?);
     let (ends, ended) = channel();
     let (happen, happenings) = channel();
     let config = MachineConfig {
@@ -27,7 +27,7 @@ pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn 
     let machine = Machine::new(config, ram.memory().clone(), Arc::new(Alone)).map_err(|e| e.to_string())?;
     let booted = boot::load(spec, ram.memory(), machine.tsc_khz())?;
     output.event(&booted.line, serde_json::json!({"event": "boot", "what": booted.line}));
-    let pci = devices::make(spec, booted.disks, ram.memory(), &machine, None)?;
+    let pci = devices::make(spec, booted.disks, &ram, &machine, None)?;
     machine.attach(pci.clone());
     machine.set_entry(&booted.loaded.entry).map_err(|e| e.to_string())?;
     forward(input, happen.clone(), Happening::Input);

@@ -106,3 +106,25 @@ fn a_table_reused_as_data_is_let_go_whichever_node_is_lost() {
         holds("table reused as data, and a loss", world.losing(ANY), 0, ends);
     }
 }
+
+#[test]
+fn copies_on_their_way_home_survive_the_loss_of_any_node() {
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Evict(X), Load(X, 0)]),
+        Cpu::new(1, &[Load(X, 0)]),
+        Cpu::new(2, &[Load(X, 0), Evict(X)]),
+    ];
+    holds("evictions and a loss", data(&[0, 1, 0], cpus).losing(ANY), 0, ends);
+}
+
+#[test]
+fn giving_pages_up_ends_whichever_node_is_lost() {
+    for homes in [&[1, 0, 0][..], &[0, 1, 0]] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Free(X), AwaitInterrupt, Load(X, 0)]),
+            Cpu::new(1, &[Load(X, 0)]),
+            Cpu::new(2, &[Load(X, 0)]),
+        ];
+        holds("given up, and a loss", World::new(homes, &[], 0..0, cpus).losing(ANY), 0, ends);
+    }
+}

@@ -156,6 +156,45 @@ fn three_nodes_lose_no_increment_to_evictions() {
     holds("evicted increments", data(&[0, 1, 0], cpus), 0, |w| require(w.value(X, 0) == 4, || format!("{} of 4", w.value(X, 0))));
 }
 
+/// A page is used on two nodes, given up by one of them, and used again: it is zero, and nothing that is
+/// written then is lost.
+#[test]
+fn a_page_that_was_given_up_is_zero_and_then_as_good_as_any() {
+    for homes in [&[1, 0, 0][..], &[0, 1, 0], &[0, 0, 1]] {
+        let world = World::new(
+            homes,
+            &[],
+            0..0,
+            vec![
+                Cpu::new(0, &[AwaitInterrupt, Load(X, 0), Free(X), AwaitInterrupt, Interrupt(1), Increment(X, 1)]),
+                Cpu::new(1, &[Store(X, 0, 5), Interrupt(0), AwaitInterrupt, Load(X, 0), Increment(X, 1)]),
+            ],
+        );
+        holds("given up", world, 1, |w| {
+            require(w.cpus[1].results == [0], || format!("read {:?} after it was given up", w.cpus[1].results))?;
+            require((w.value(X, 0), w.value(X, 1)) == (0, 2), || format!("{} of 2 increments", w.value(X, 1)))
+        });
+    }
+}
+
+/// A guest that uses a page while it gives it up finds anything in it, but waits for nothing.
+#[test]
+fn giving_up_a_page_in_use_stops_nobody() {
+    for homes in [&[1, 0, 0][..], &[0, 1, 0], &[0, 0, 1]] {
+        let world = World::new(
+            homes,
+            &[],
+            0..0,
+            vec![
+                Cpu::new(0, &[Increment(X, 0), Free(X), Load(X, 0), AwaitInterrupt]),
+                Cpu::new(1, &[Load(X, 0), Increment(X, 0)]),
+                Cpu::new(1, &[Evict(X), Free(X), AwaitInterrupt]),
+            ],
+        );
+        holds("given up in use", world, 0, |w| require(w.value(X, 0) <= 2, || "more than was counted".into()));
+    }
+}
+
 #[test]
 fn pages_asked_for_ahead_are_as_coherent() {
     for homes in [&[0, 2][..], &[2, 0], &[1, 1]] {

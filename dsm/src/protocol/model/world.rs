@@ -31,6 +31,8 @@ pub enum Op {
     Evict(u32),
     /// Asks for pages ahead of need: the first, and which from there on.
     Ahead(u32, u64),
+    /// Gives a page up; the CPU is interrupted when that is done.
+    Free(u32),
     /// Interrupts a CPU.
     Interrupt(usize),
     /// Waits for an interrupt.
@@ -113,6 +115,7 @@ enum Tried {
     Prefetch(u32, u32, bool),
     Evict(u32),
     Ahead(u32, u64),
+    Free(u32),
     Waiting,
 }
 
@@ -280,6 +283,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
             Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
+            Op::Free(page) => return Err(Tried::Free(page)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
             Op::AwaitInterrupt => {
                 if cpu.interrupts == 0 {
@@ -439,6 +443,10 @@ impl World {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Ahead { first, wanted }, intrusion)
                     }
+                    Tried::Free(page) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::Free { id: c as u32, pages: page..page + 1 }, intrusion)
+                    }
                     Tried::Interrupt(to) => {
                         self.cpus[c].at += 1;
                         let target = self.cpus[to].node;
@@ -497,6 +505,9 @@ impl World {
             self.channels[usize::from(lost)][node].clear();
         }
         self.skip_known();
+        for cpu in out.freed {
+            self.cpus[cpu as usize].interrupts += 1;
+        }
         for (_, bytes) in out.deliver {
             self.cpus[usize::from(bytes[0])].interrupts += 1;
         }
