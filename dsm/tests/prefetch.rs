@@ -79,6 +79,14 @@ fn stop(nodes: [Node; 2]) {
     }
 }
 
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
 fn reads(nodes: &[Node; 2], pages: impl Iterator<Item = u32>) {
     for page in pages {
         assert_eq!(nodes[0].word(page).load(SeqCst), u64::from(page), "page {page}");
@@ -131,10 +139,17 @@ fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
                 nodes[1].word(written).fetch_add(1 << 32, SeqCst);
             }
         });
-        // Somebody really wanted it once; its writer has taken it back since.
+        // A failure here must not leave the writer running, which the scope waits for.
+        let _end = SetAtEnd(&over);
+        // Somebody really wanted it once (and may have had to ask again and again); its writer has taken it
+        // back since: every copy that came was invalidated.
         nodes[0].word(written).load(SeqCst);
         let begun = Instant::now();
-        while nodes[1].counters().upgrade_faults == 0 {
+        let taken_back = || {
+            let near = nodes[0].counters();
+            near.pages_in > 0 && near.invalidations == near.pages_in
+        };
+        while !taken_back() {
             assert!(begun.elapsed() < Duration::from_secs(10), "the writer does not go on");
         }
         let before = nodes[1].counters();
@@ -143,7 +158,6 @@ fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
         println!("{} faults, {} asked for, {} not given", near.read_faults, near.prefetches, near.prefetches_refused);
         assert!(near.prefetches > 60 && near.prefetches_refused > 0);
         assert_eq!(far.upgrade_faults, before.upgrade_faults, "the page was taken from its writer");
-        over.store(true, SeqCst);
     });
     stop(nodes);
 }
