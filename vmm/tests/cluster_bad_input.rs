@@ -81,7 +81,7 @@ fn a_hosts_file_that_is_none() {
         ),
         (
             "127.0.0.1 cpu=2\n",
-            "krg-vmm: hosts.txt: line 1: \"cpu=2\": not one of id=N, cpus=N, mem=SIZE, disk=PATH",
+            "krg-vmm: hosts.txt: line 1: \"cpu=2\": not one of id=N, cpus=N, mem=SIZE, cache=SIZE, disk=PATH",
         ),
         (
             "127.0.0.1 id=1\n127.0.0.1 id=1\n",

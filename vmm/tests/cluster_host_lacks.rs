@@ -7,8 +7,9 @@ use std::process::{Command, Output, Stdio};
 use vmm_sys_util::tempdir::TempDir;
 
 /// Runs `krg-vmm ARGS` by `launcher` in a mount namespace whose `/dev` has only the devices `keep`, and
-/// returns what it said; `None`, with the reason printed, where that can't be done.
-fn in_namespace(keep: &str, launcher: &str, args: &[&str]) -> Option<(TempDir, Output)> {
+/// returns what it said; `None`, with the reason printed, where that can't be done. Its nodes listen on
+/// `ports`, which no other test has.
+fn in_namespace(ports: [u16; 2], keep: &str, launcher: &str, args: &[&str]) -> Option<(TempDir, Output)> {
     // SAFETY: geteuid has no precondition.
     if unsafe { libc::geteuid() } != 0 {
         println!("skipped: a mount namespace needs root");
@@ -16,7 +17,8 @@ fn in_namespace(keep: &str, launcher: &str, args: &[&str]) -> Option<(TempDir, O
     }
     let place = TempDir::new_with_prefix("/tmp/krg-host-lacks").unwrap();
     fs::write(place.as_path().join("guest.img"), vec![0; 1 << 20]).unwrap();
-    fs::write(place.as_path().join("hosts.txt"), "127.0.0.1:7741 mem=64M\n127.0.0.1:7742 mem=64M\n").unwrap();
+    let hosts = ports.map(|port| format!("127.0.0.1:{port} mem=64M\n")).concat();
+    fs::write(place.as_path().join("hosts.txt"), hosts).unwrap();
     let script = format!(
         "set -e; for d in {keep}; do touch $d; mount --bind /dev/$d $d; done; mount -t tmpfs none /dev; \
          for d in {keep}; do touch /dev/$d; mount --bind $d /dev/$d; done; exec {launcher} \"$@\""
@@ -40,7 +42,7 @@ fn last_line(output: &Output) -> String {
 #[test]
 fn a_host_without_kvm() {
     for args in [&["guest.img"][..], &["--nodes", "hosts.txt", "guest.img"]] {
-        let Some((_place, output)) = in_namespace("null urandom", "", args) else { return };
+        let Some((_place, output)) = in_namespace([7741, 7742], "null urandom", "", args) else { return };
         let line = last_line(&output);
         assert!(line.starts_with("krg-vmm: ") && line.contains("/dev/kvm: ENOENT"), "{args:?}: {line}");
         assert!(line.contains("load kvm_amd or kvm_intel"), "{args:?}: {line}");
@@ -56,7 +58,7 @@ fn a_host_without_userfaultfd() {
     }
     // /dev/userfaultfd goes, and with the capability the system call.
     let launcher = "setpriv --bounding-set=-sys_ptrace --inh-caps=-sys_ptrace --";
-    let Some((_place, output)) = in_namespace("null urandom kvm", launcher, &["--nodes", "hosts.txt", "guest.img"]) else { return };
+    let Some((_place, output)) = in_namespace([7743, 7744], "null urandom kvm", launcher, &["--nodes", "hosts.txt", "guest.img"]) else { return };
     if fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|v| v.trim() == "1") {
         println!("skipped: vm.unprivileged_userfaultfd=1 gives it to everybody");
         return;
