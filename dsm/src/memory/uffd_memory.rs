@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::memory::access::AccessMap;
 use crate::memory::blocks::Blocks;
 use crate::memory::uffd::{Features, Uffd};
-use crate::memory::{Access, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS};
+use crate::memory::{Access, BLOCK_PAGES, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS};
 
 /// Version of [`MemoryState`].
 const STATE_VERSION: u32 = 1;
@@ -275,7 +275,9 @@ impl UffdMemory {
         (first, first.saturating_add(STRIPE_PAGES))
     }
 
-    /// Calls `each` for runs of pages that are neighbours in this process, too, and belong to one userfaultfd.
+    /// Calls `each` for runs of pages that are neighbours in this process, too, and belong to one userfaultfd
+    /// and one mapping. Blocks that were parted may stay mappings of their own, and Linux 6.1 refuses a
+    /// request over more than one (ENOENT): so no run leaves its block.
     pub(super) fn side_by_side(
         &mut self,
         pages: Range<u32>,
@@ -284,10 +286,10 @@ impl UffdMemory {
         let mut next = pages.start;
         while next < pages.end {
             let first = next;
-            // A stripe has one userfaultfd, but may reach over the end of a RAM range.
-            let stripe = (first / STRIPE_PAGES + 1).saturating_mul(STRIPE_PAGES);
-            let range = self.ram.layout().range_of(first).map_or(stripe, |(_, range)| range.first + range.pages());
-            next = pages.end.min(stripe).min(range);
+            // A block has one userfaultfd, but may reach over the end of a RAM range.
+            let block = (first / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES);
+            let range = self.ram.layout().range_of(first).map_or(block, |(_, range)| range.first + range.pages());
+            next = pages.end.min(block).min(range);
             each(self, first..next)?;
         }
         Ok(())
