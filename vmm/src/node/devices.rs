@@ -80,7 +80,7 @@ pub(super) fn make(
         devices.push(Box::new(block.map_err(|e| e.to_string())?));
     }
     devices.push(Box::new(Rng::new("rng0").map_err(|e| e.to_string())?));
-    // Not over several hosts yet: a stock guest that reported its free pages there was seen to stand still.
+    // Not over several hosts yet: a stock guest with it stood still there, perhaps for another reason.
     if dsm.is_none() {
         let free = Arc::new(Own(Arc::clone(ram)));
         devices.push(Box::new(Balloon::new("balloon0", free).map_err(|e| e.to_string())?));
