@@ -28,9 +28,13 @@ def program():
     return cargo_target() / TARGET / "release/krg-vmm"
 
 
-def litmus():
-    """The program of the litmus tests inside a guest, which needs no library there."""
-    return cargo_target() / "static" / TARGET / "release/guest-litmus"
+#: Packages whose programs run inside guests, and need no library there.
+GUEST_PROGRAMS = ("guest-litmus", "guest-memory")
+
+
+def guest_program(name):
+    """A program for the inside of a guest."""
+    return cargo_target() / "static" / TARGET / "release" / name
 
 
 def cargo(words, log, limit, **variables):
@@ -53,7 +57,7 @@ def cargo(words, log, limit, **variables):
 
 
 def build(limit=1500):
-    """Builds the release binary, which needs the C library alone, and the static one for the guest."""
+    """Builds the release binary, which needs the C library alone, and the static ones for the guest."""
     log = OUT / "test/build.log"
     if status := cargo(["build", "--release", "--locked", "--workspace"], log, limit):
         raise LabError(f"cargo build: status {status}: {tail(log)}")
@@ -62,13 +66,20 @@ def build(limit=1500):
         raise LabError(f"{program().name} --version: status {done.returncode}: {done.stderr.strip()}")
     if more := needed(program()) - LIBRARIES:
         raise LabError(f"{program().name} needs {', '.join(sorted(more))}: hosts may not have that")
-    log = OUT / "test/build-static.log"
-    words = ["build", "--release", "--locked", "--package", "guest-litmus", "--target-dir", os.fspath(cargo_target() / "static")]
-    if status := cargo(words, log, limit, RUSTFLAGS="-C target-feature=+crt-static"):
-        raise LabError(f"cargo build of the guest's program: status {status}: {tail(log)}")
-    if more := needed(litmus()):
-        raise LabError(f"{litmus().name} is not static: it needs {', '.join(sorted(more))}")
+    build_guest_programs(limit)
     say(f"     {done.stdout.strip()}, {program().stat().st_size >> 10} KiB, needs {', '.join(sorted(needed(program())))}")
+
+
+def build_guest_programs(limit=1500):
+    """Builds the static programs for guests."""
+    log = OUT / "test/build-static.log"
+    words = ["build", "--release", "--locked", "--target-dir", os.fspath(cargo_target() / "static")]
+    words += [word for name in GUEST_PROGRAMS for word in ("--package", name)]
+    if status := cargo(words, log, limit, RUSTFLAGS="-C target-feature=+crt-static"):
+        raise LabError(f"cargo build of the guest's programs: status {status}: {tail(log)}")
+    for name in GUEST_PROGRAMS:
+        if more := needed(guest_program(name)):
+            raise LabError(f"{name} is not static: it needs {', '.join(sorted(more))}")
 
 
 def needed(binary):

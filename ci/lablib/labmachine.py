@@ -1,5 +1,6 @@
 """krg-vmm on the hosts of a lab of its own: what the tests and the demo run."""
 
+import json
 import os
 import re
 import secrets
@@ -116,6 +117,15 @@ class LabHosts:
         say(f"     for the sake of emulation: {OPTIONS}; the guest's clock runs {SLOWER} times slower than real "
             f"time (its TSC has {khz} kHz, tsc_early_khz={khz * SLOWER} tells it otherwise)")
         return f"{OPTIONS} tsc_early_khz={khz * SLOWER}"
+
+    def status(self, socket):
+        """What the control socket `socket` of the krg-vmm on h0 says."""
+        client = (f"import socket; s = socket.socket(socket.AF_UNIX); s.connect('{socket}'); "
+                  "s.sendall(b'{\"cmd\":\"status\"}\\n'); print(s.makefile().readline(), end='')")
+        answer = json.loads(self.lab("exec", "h0", "--", "python3", "-c", client))
+        if not answer["ok"]:
+            raise LabError(f"{socket}: {answer}")
+        return answer["status"]
 
     def processes(self, host):
         """Command lines of all krg-vmm processes on a host."""

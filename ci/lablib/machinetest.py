@@ -18,10 +18,16 @@ from .steps import Counts, say
 IMAGE = "/lab/images/debian-minimal.img"
 LOGS = OUT / "test"
 MIB_EACH = 384
-#: In the hosts: a disk whose file system holds the program of the litmus tests.
-LITMUS = "/lab/share/litmus.img"
+#: In the hosts: a disk whose file system holds the programs for guests.
+PROGRAMS = "/lab/share/programs.img"
 #: The shell of the stock initrd as process 1: the kernel's own boot and nothing after it.
 INITRD_SHELL = "rdinit=/bin/sh"
+#: A guest bigger than any host: three hosts of so much memory, what each gives, and its room for copies of other
+#: hosts' pages. Three shares are twice one host's memory.
+HOST_MIB, SHARE_MIB, COPIES_MIB = 576, 384, 12
+#: What stays free on each of its NUMA nodes, and what each CPU fills on the next one's: more than it can hold.
+KEEP_MIB, FAR_MIB = 24, 14
+API = "/tmp/krg-api"
 #: How often each litmus test runs in the guest, and how often a CPU goes and comes back. Each iteration
 #: is several page transfers of milliseconds here; on hardware, or by hand, there can be more.
 LITMUS_ITERATIONS = int(os.environ.get("LITMUS_ITERATIONS", "320"))
@@ -49,13 +55,13 @@ class MachineTests:
         """Both hosts up, and the node daemon on h1."""
         self.up(hosts=2, cpus_each=1, mib_each=MIB_EACH)
 
-    def up(self, hosts, cpus_each, mib_each):
+    def up(self, hosts, cpus_each, mib_each, more="", **options):
         """A lab in place of the last one, the node daemons on all hosts but h0, and a hosts file there."""
         self.close()
-        self.hosts = LabHosts(hosts).__enter__()
+        self.hosts = LabHosts(hosts, **options).__enter__()
         for index in range(1, hosts):
             self.hosts.start_node(f"h{index}")
-        lines = "".join(f"{address(n)} cpus={cpus_each} mem={mib_each}M\n" for n in range(hosts))
+        lines = "".join(f"{address(n)} cpus={cpus_each} mem={mib_each}M{more}\n" for n in range(hosts))
         self.hosts.shell("h0", f"printf '%s' '{lines}' >/tmp/hosts.txt")
 
     def one_host(self):
@@ -70,13 +76,14 @@ class MachineTests:
             machine.shut_down(180, "poweroff")
             report(machine)
 
-    def litmus_disk(self):
-        """Makes LITMUS, once a lab."""
-        image = self.hosts.state / "share" / Path(LITMUS).name
+    def programs_disk(self):
+        """Makes PROGRAMS, once a lab."""
+        image = self.hosts.state / "share" / Path(PROGRAMS).name
         if image.exists():
             return
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(cargotest.litmus(), folder)
+            for name in cargotest.GUEST_PROGRAMS:
+                shutil.copy(cargotest.guest_program(name), folder)
             subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, check=True)
 
@@ -86,8 +93,8 @@ class MachineTests:
             if not self.hosts.processes(host):
                 say(f"     the node daemon on {host} has ended: {self.hosts.node_log(host) or 'without a word'}; started again")
                 self.hosts.start_node(host)
-        self.litmus_disk()
-        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", LITMUS, "--append", f"{self.hosts.emulation_options()} {append}",
+        self.programs_disk()
+        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", PROGRAMS, "--append", f"{self.hosts.emulation_options()} {append}",
                      *options, IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
@@ -137,6 +144,35 @@ class MachineTests:
                 machine.shut_down(240)
             finally:
                 report(machine)
+
+    def capacity(self):
+        """A guest with twice one host's memory fills all of it, and finds every word again."""
+        self.up(3, 1, SHARE_MIB, more=f" cache={COPIES_MIB}M", memory=f"{HOST_MIB}M")
+        assert 3 * SHARE_MIB >= 2 * HOST_MIB
+        with self.all_cpus_up("memory", "--api", API, nodes=3, cpus=3) as machine:
+            try:
+                machine.expect(r"Run /bin/sh as init process", 780)
+                say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
+                look_around(machine, cpus=3, nodes=3, mib=3 * SHARE_MIB)
+                fill(machine, 3, HOST_MIB)
+                self.room()
+                machine.shut_down(240)
+            finally:
+                report(machine)
+
+    def room(self):
+        """Checks that copies were evicted and that every host's kernel had memory all the time."""
+        # Every node tells its figures each 5 s.
+        time.sleep(6)
+        for node in self.hosts.status(API)["nodes"]:
+            host, figures = f"h{node['node']}", node["statistics"]
+            copies, evictions = figures["copies"], figures["dsm"]["evictions"]
+            left = int(re.search(r"MemAvailable: +(\d+) kB", self.hosts.shell(host, "cat /proc/meminfo")).group(1)) >> 10
+            say(f"     {host}: {evictions} copies evicted, {copies['peak'] >> 8} MiB of them at most where there is room for "
+                f"{copies['limit'] >> 8}; {left} MiB of {HOST_MIB} still available")
+            assert evictions > 0, f"{host}: nothing was evicted: {figures}"
+            trouble = self.hosts.shell(host, "dmesg | grep -iE 'out of memory|oom-kill|page allocation failure' || true")
+            assert not trouble, f"{host}: {trouble}"
 
     def cable_and_power(self):
         """A cable unplugged for 2 s does no harm; a host's power failure ends the machine cleanly."""
@@ -259,12 +295,32 @@ def look_around(machine, cpus, nodes, mib):
     say(f"     inside: {cpus} CPUs, {nodes} NUMA nodes, {total} MiB, clock source tsc, stock kernel {release}")
 
 
+def mount_programs(machine):
+    """Mounts the disk with the programs for guests."""
+    ask(machine, "mkdir -p /dev /programs; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; modprobe ext4; "
+                 "while ! test -b /dev/vdb; do sleep 0.01; done; mount -t ext4 -o ro /dev/vdb /programs")
+
+
+def fill(machine, cpus, host_mib):
+    """Fills nearly all of the guest's memory from its CPUs, and checks every word."""
+    begun = time.monotonic()
+    mount_programs(machine)
+    # Small pages would be a test of the kernel's own shared data, one allocation after the other.
+    ask(machine, "echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    said = ask(machine, f"/programs/guest-memory fill {KEEP_MIB} {FAR_MIB} {' '.join(map(str, range(cpus)))}", limit=1200)
+    for line in re.findall(r"memory: .*", said):
+        say(f"     {line.strip()}")
+    checked = re.search(r"memory: checked (\d+) MiB, and (\d+) MiB on both CPUs: 0 wrong words", said)
+    assert checked, f"guest-memory: {said[-500:]}"
+    assert int(checked.group(1)) > 1.5 * host_mib, f"{checked.group(1)} MiB is not much more than a host's {host_mib}"
+    say(f"     filled and checked {int(checked.group(1)) / host_mib:.2f} times one host's memory ({time.monotonic() - begun:.0f} s)")
+
+
 def litmus(machine, iterations, tables, cpus):
     """The litmus tests in the guest, on CPUs of different hosts; the program comes on a disk."""
     begun = time.monotonic()
-    ask(machine, "mkdir -p /dev /litmus; mount -t devtmpfs dev /dev; modprobe virtio_pci; modprobe virtio_blk; modprobe ext4; "
-                 "while ! test -b /dev/vdb; do sleep 0.01; done; mount -t ext4 -o ro /dev/vdb /litmus")
-    said = ask(machine, f"/litmus/guest-litmus {iterations} {tables} {' '.join(map(str, cpus))}", limit=3000)
+    mount_programs(machine)
+    said = ask(machine, f"/programs/guest-litmus {iterations} {tables} {' '.join(map(str, cpus))}", limit=3000)
     for line in re.findall(r".*: \d+ iterations, .*", said):
         say(f"     {line.strip()}")
     assert "litmus: all as allowed" in said, f"litmus tests: {said[-500:]}"

@@ -58,6 +58,7 @@ def steps(machines):
         ("machine on two hosts: loss", machines.cable_and_power, ("lab",)),
         ("RDMA on two hosts", machines.rdma, ("build", "lab")),
         ("machine on three hosts", machines.three_hosts, ("lab",)),
+        ("memory of three hosts", machines.capacity, ("lab",)),
     ]
 
 

@@ -77,6 +77,21 @@ fn a_guest_fills_and_checks_more_than_a_node_has_room_for() {
 }
 
 #[test]
+fn one_node_uses_twice_what_it_has_room_for() {
+    const ROOM: u64 = MIB;
+    // A vCPU on node 0, which is at home in the first 16 MiB.
+    let ranges = [(12 * MIB, MEMORY)];
+    assert!(ranges[0].1 - ranges[0].0 >= 2 * (MEMORY / 3 + ROOM));
+    let nodes = run(Plan { cache: ROOM, ..plan(3, 1) }, &guest(&ranges, 2), 2, PATIENCE).unwrap();
+    assert_eq!(nodes.words(RESULTS, 1), [1], "all that was written is there");
+    let (copies, counters) = (&nodes.copies()[0], &nodes.counters()[0]);
+    println!("{copies:?}, {} evictions", counters.evictions);
+    assert_eq!(copies.overruns, 0, "{copies:?}");
+    assert!(copies.peak <= copies.limit + copies.limit / 16 + 64, "far more copies than there is room for: {copies:?}");
+    assert!(counters.evictions > 8000, "32 MiB came, but hardly anything went: {counters:?}");
+}
+
+#[test]
 fn memory_that_only_its_home_uses_faults_once_a_block() {
     // Five blocks and eight, at each node's own home.
     let ranges = [(12 * MIB, 22 * MIB), (28 * MIB, 44 * MIB)];
