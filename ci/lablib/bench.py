@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 
+from . import membench
 from .paths import REPO
 
 PROG = "ci/bench"
 #: Name: package, bench target of cargo, and what it is about.
 BENCHES = {
     "dsm": ("krg-vmm", "dsm", "faults on another node's pages, and reading its memory, beside their floors"),
+}
+#: Those that need the lab: name, function, and what it is about.
+LAB_BENCHES = {
+    "memory": (membench.main, "loops over memory in a guest, beside a guest of QEMU and KVM (in the lab, as root)"),
 }
 
 
@@ -30,11 +35,15 @@ def build(package, target):
 
 
 def main():
-    names = "\n".join(f"  {name:8} {text}" for name, (_, _, text) in BENCHES.items())
+    about = {**{name: text for name, (_, _, text) in BENCHES.items()}, **{name: text for name, (_, text) in LAB_BENCHES.items()}}
+    names = "\n".join(f"  {name:8} {text}" for name, text in about.items())
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"names:\n{names}\n\nFurther words go to the benchmark: --json, --help, ...")
-    parser.add_argument("name", choices=BENCHES, metavar="NAME", help="which benchmark")
+    parser.add_argument("name", choices=about, metavar="NAME", help="which benchmark")
     args, words = parser.parse_known_args()
+    if args.name in LAB_BENCHES:
+        LAB_BENCHES[args.name][0](f"{PROG} {args.name}", words)
+        return
     package, target, _ = BENCHES[args.name]
     program = build(package, target)
     os.execv(program, [program, *words])

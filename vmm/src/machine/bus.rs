@@ -13,6 +13,10 @@ use super::rtc::{DATA_PORT, INDEX_PORT, Rtc};
 use super::serial::Com1;
 use super::state::DeviceState;
 
+/// The counter of the PIT that there is none of. Linux on AMD loads it with all ones and measures its TSC by it,
+/// whatever else it knows: a counter that stays at all ones is read 100,000 times, one at zero a few times.
+const PIT_COUNTER_2: u16 = 0x42;
+
 /// The devices of node 0.
 pub struct Bus {
     pub(crate) com1: Com1,
@@ -31,7 +35,7 @@ pub fn is_posted(space: Space, address: u64) -> bool {
 }
 
 impl Bus {
-    /// Carries out `access`; returns the value read (all ones where nothing answers), 0 for writes.
+    /// Carries out `access`; returns the value read (all ones where nothing answers, but for the PIT), 0 for writes.
     /// Takes any input: addresses and sizes may come from a peer.
     pub fn access(&self, access: Access) -> u64 {
         let size = access.size.clamp(1, 8);
@@ -71,6 +75,7 @@ impl Bus {
                 value
             }
             Ok(DATA_PORT) => self.rtc.read(),
+            Ok(PIT_COUNTER_2) => 0,
             _ => 0xff,
         }
     }
