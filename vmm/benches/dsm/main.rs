@@ -39,6 +39,9 @@ struct Options {
     /// vCPUs of the first node
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
     vcpus: u8,
+    /// Measure this alone
+    #[arg(long, value_enum)]
+    only: Option<Part>,
     /// Wait here for a second node on another host, instead of starting one on this
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -48,6 +51,15 @@ struct Options {
     /// Given by cargo
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// What can be measured by itself.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Times of single faults
+    Faults,
+    /// Bandwidth of reading the other node's memory
+    Stream,
 }
 
 /// Everything a measurement needs.
@@ -113,6 +125,11 @@ fn main() -> anyhow::Result<()> {
         vcpus,
         one_clock: second.is_some(),
     };
-    faults::measure(&mut bench)?;
-    stream::measure(&mut bench)
+    if options.only != Some(Part::Stream) {
+        faults::measure(&mut bench)?;
+    }
+    if options.only != Some(Part::Faults) {
+        stream::measure(&mut bench)?;
+    }
+    Ok(())
 }
