@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from . import membench
+from . import benchlab, membench
 from .paths import REPO
 
 PROG = "ci/bench"
@@ -40,12 +40,15 @@ def main():
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"names:\n{names}\n\nFurther words go to the benchmark: --json, --help, ...")
     parser.add_argument("name", choices=about, metavar="NAME", help="which benchmark")
+    parser.add_argument("--lab", action="store_true", help="dsm: two nodes on two emulated hosts, with kernels of their own")
     args, words = parser.parse_known_args()
     if args.name in LAB_BENCHES:
         LAB_BENCHES[args.name][0](f"{PROG} {args.name}", words)
         return
     package, target, _ = BENCHES[args.name]
     program = build(package, target)
+    if args.lab:
+        sys.exit(benchlab.run(program, words))
     os.execv(program, [program, *words])
 
 

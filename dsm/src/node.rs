@@ -40,6 +40,10 @@ const ZERO_GROUP: u32 = 32;
 /// Longest wait of a fault for room among the copies: what can't be evicted must not stop the guest.
 const ROOM_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
+/// are still being read, and a fault waits behind so many pages at most.
+const AHEAD_AT_ONCE: usize = 16;
+
 /// Pages asked for in one step, with the engine locked.
 const PREFETCH_AT_ONCE: u32 = 64;
 
@@ -414,13 +418,13 @@ impl Dsm {
             let room = state.cache.limit().saturating_sub(state.memory.copies()).saturating_sub(state.engine.pending() as u32);
             state.predictor.fault(thread, page, room, &mut ask);
         }
-        while let Some(&first) = ask.iter().min() {
-            let mut wanted = 0;
-            ask.retain(|page| {
-                let here = page - first < MOST_AHEAD;
-                wanted |= if here { 1 << (page - first) } else { 0 };
-                !here
-            });
+        // Streams go either way.
+        ask.sort_unstable();
+        let mut rest = &ask[..];
+        while let Some(&first) = rest.first() {
+            let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
+            let wanted = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
+            rest = &rest[some..];
             self.step(self.me, Input::Ahead { first, wanted });
         }
     }

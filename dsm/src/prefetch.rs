@@ -18,9 +18,11 @@ const CONFIRMED: u32 = 2;
 const CONFIRMED_LATE: u32 = 8;
 /// Pages in the first window and in the largest.
 const FIRST_WINDOW: u32 = 8;
-const LAST_WINDOW: u32 = 256;
+const LAST_WINDOW: u32 = 1024;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
-const MEMORY: u64 = 1024;
+const MEMORY: u64 = 4096;
+/// Pages that may be wasted before anything is believed less.
+const MAY_WASTE: u64 = 256;
 
 /// What came of the pages asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -157,7 +159,7 @@ impl Predictor {
     /// Equal distances that make a stream, and its largest window: less is risked the more was wasted.
     fn limits(&self) -> (u32, u32) {
         let (used, wasted) = self.recent;
-        if wasted <= used + u64::from(LAST_WINDOW) {
+        if wasted <= used + MAY_WASTE {
             (CONFIRMED, LAST_WINDOW)
         } else if wasted <= 4 * used {
             (CONFIRMED, 4 * FIRST_WINDOW)

@@ -111,9 +111,11 @@ impl<const W: usize> Engine<W> {
             self.access[run.start as usize..run.end as usize].fill(Access::Shared);
             memory.protect_range(run);
         }
-        let mut data = vec![[0; W]; given.count_ones() as usize];
-        for (page, data) in pages(first, given).zip(&mut data) {
-            memory.read_into(page, data);
+        let mut data = Vec::with_capacity(given.count_ones() as usize);
+        for page in pages(first, given) {
+            let mut words = [0; W];
+            memory.read_into(page, &mut words);
+            data.push(words);
             self.directory.add_sharer(page, from);
         }
         self.counters.pages_out += data.len() as u64;

@@ -4,6 +4,8 @@
 //! words. Nothing read from a peer is trusted: lengths are checked here, page numbers, node numbers
 //! and the message's place in the protocol by the engine.
 
+use zerocopy::IntoBytes;
+
 use super::memory::{PageData, pages, words};
 use super::node_set::NodeSet;
 
@@ -331,13 +333,16 @@ fn put_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
     }
 }
 
-/// All words of a page, whatever they are.
+/// All words of a page, whatever they are. In memory they are little-endian, too: guests are x86.
 fn put_plain_words<const W: usize>(out: &mut Vec<u8>, words: &PageData<W>) {
-    let at = out.len();
-    out.resize(at + W * 8, 0);
-    for (bytes, word) in out[at..].chunks_exact_mut(8).zip(words) {
-        bytes.copy_from_slice(&word.to_le_bytes());
-    }
+    out.extend_from_slice(words.as_bytes());
+}
+
+/// A page of which `bytes` are all words.
+fn plain_words<const W: usize>(bytes: &[u8]) -> PageData<W> {
+    let mut words = [0; W];
+    words.as_mut_bytes().copy_from_slice(bytes);
+    words
 }
 
 fn put_nodes(out: &mut Vec<u8>, nodes: &NodeSet) {
@@ -398,27 +403,19 @@ impl Reader<'_> {
         let len = count as usize * W * 8;
         let (bytes, rest) = self.0.split_at_checked(len).ok_or(Malformed)?;
         self.0 = rest;
-        let mut pages = vec![[0; W]; count as usize];
-        for (word, bytes) in pages.as_flattened_mut().iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = u64::from_le_bytes(bytes.try_into().expect("chunks of eight"));
-        }
-        Ok(pages)
+        Ok(bytes.chunks_exact(W * 8).map(plain_words).collect())
     }
 
     fn words<const W: usize>(&mut self) -> Result<Box<PageData<W>>, Malformed> {
-        let mut words = Box::new([0; W]);
         match self.u8()? {
-            0 => {}
+            0 => Ok(Box::new([0; W])),
             1 => {
                 let (bytes, rest) = self.0.split_at_checked(W * 8).ok_or(Malformed)?;
                 self.0 = rest;
-                for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-                    *word = u64::from_le_bytes(bytes.try_into().expect("chunks of eight"));
-                }
+                Ok(Box::new(plain_words(bytes)))
             }
-            _ => return Err(Malformed),
+            _ => Err(Malformed),
         }
-        Ok(words)
     }
 
     fn changes(&mut self) -> Result<Vec<Change>, Malformed> {

@@ -5,6 +5,9 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use super::frames;
+use super::node::Kind;
+
 use krg_dsm::memory::PAGE_SIZE;
 use krg_dsm::transport;
 
@@ -28,7 +31,14 @@ fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
 }
 
 /// Answers a peer's requests until it is gone: each with as many bytes as it asks for.
-pub fn serve(stream: TcpStream) -> io::Result<()> {
+pub fn serve(kind: Kind, stream: TcpStream) -> anyhow::Result<()> {
+    match kind {
+        Kind::Tcp => Ok(serve_stream(stream)?),
+        Kind::Rdma => frames::serve(stream),
+    }
+}
+
+fn serve_stream(stream: TcpStream) -> io::Result<()> {
     raise();
     let mut stream = prepared(stream)?;
     let (mut request, chunk) = ([0; REQUEST], vec![7; CHUNK]);
@@ -44,27 +54,53 @@ pub fn serve(stream: TcpStream) -> io::Result<()> {
 }
 
 /// The asking side.
-pub struct Bare {
+pub enum Bare {
+    Tcp(BareStream),
+    Rdma(frames::Asking),
+}
+
+impl Bare {
+    pub fn new(kind: Kind, stream: TcpStream) -> anyhow::Result<Self> {
+        Ok(match kind {
+            Kind::Tcp => Bare::Tcp(BareStream {
+                stream: prepared(stream)?,
+                buffer: vec![0; CHUNK],
+            }),
+            Kind::Rdma => Bare::Rdma(frames::Asking::new(stream)?),
+        })
+    }
+
+    /// `count` times: a small request, a page as the answer, one after the other.
+    pub fn round_trips(&mut self, count: usize) -> anyhow::Result<Vec<Duration>> {
+        match self {
+            Bare::Tcp(stream) => Ok(stream.round_trips(count)?),
+            Bare::Rdma(asking) => asking.round_trips(count),
+        }
+    }
+
+    /// How long `bytes` take that the peer sends as fast as it can.
+    pub fn stream(&mut self, bytes: u64) -> anyhow::Result<Duration> {
+        match self {
+            Bare::Tcp(stream) => Ok(stream.stream(bytes)?),
+            Bare::Rdma(asking) => asking.stream(bytes),
+        }
+    }
+}
+
+/// The asking side over TCP.
+pub struct BareStream {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
-impl Bare {
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
-        Ok(Bare {
-            stream: prepared(stream)?,
-            buffer: vec![0; CHUNK],
-        })
-    }
-
+impl BareStream {
     fn ask(&mut self, bytes: u64) -> io::Result<()> {
         let mut request = [0; REQUEST];
         request[..8].copy_from_slice(&bytes.to_le_bytes());
         self.stream.write_all(&request)
     }
 
-    /// `count` times: a small request, a page as the answer, one after the other.
-    pub fn round_trips(&mut self, count: usize) -> io::Result<Vec<Duration>> {
+    fn round_trips(&mut self, count: usize) -> io::Result<Vec<Duration>> {
         std::thread::scope(|scope| {
             let work = scope.spawn(|| {
                 raise();
@@ -82,8 +118,7 @@ impl Bare {
         })
     }
 
-    /// How long `bytes` take that the peer sends as fast as it can.
-    pub fn stream(&mut self, bytes: u64) -> io::Result<Duration> {
+    fn stream(&mut self, bytes: u64) -> io::Result<Duration> {
         let begun = Instant::now();
         self.ask(bytes)?;
         let mut left = bytes;

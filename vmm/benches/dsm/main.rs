@@ -1,7 +1,7 @@
 //! `ci/bench dsm`: what a page that another host has costs, beside what it can't cost less than.
 //!
 //! Two node processes, each with a VM on this machine's KVM, joined by TCP over loopback (or, with
-//! `--listen` and `--peer`, on two hosts). The guest's vCPUs touch pages and read the time before and after. Floors are
+//! `--listen` and `--peer`, on two hosts, by TCP or RDMA). The guest's vCPUs touch pages and read the time before and after. Floors are
 //! measured in between, in the same run: a round trip of a small request and a page over a connection
 //! like the nodes', and a fault that a thread answers at once.
 
@@ -9,6 +9,7 @@ mod breakdown;
 mod faults;
 mod figures;
 mod floor;
+mod frames;
 mod guest;
 mod node;
 mod peer;
@@ -21,7 +22,7 @@ use anyhow::Context;
 use clap::Parser;
 
 use figures::Figures;
-use node::Node;
+use node::{Kind, Node};
 use peer::{Peer, Streams};
 
 #[derive(Parser)]
@@ -42,6 +43,9 @@ struct Options {
     /// Measure this alone
     #[arg(long, value_enum)]
     only: Option<Part>,
+    /// What joins the nodes; RDMA needs --listen and --peer at addresses of RDMA devices
+    #[arg(long, value_enum, default_value_t = Kind::Tcp)]
+    transport: Kind,
     /// Wait here for a second node on another host, instead of starting one on this
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -71,6 +75,7 @@ struct Bench {
     figures: Figures,
     rounds: u64,
     vcpus: usize,
+    transport: Kind,
     /// Both nodes read the same clock.
     one_clock: bool,
 }
@@ -90,7 +95,7 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let vcpus = usize::from(options.vcpus);
     if let Some(address) = options.peer {
-        return peer::work(address, vcpus);
+        return peer::work(address, vcpus, options.transport);
     }
     let listener = TcpListener::bind(options.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))))?;
     let second = match options.listen {
@@ -102,6 +107,8 @@ fn main() -> anyhow::Result<()> {
                 listener.local_addr()?.to_string(),
                 "--vcpus".into(),
                 vcpus.to_string(),
+                "--transport".into(),
+                options.transport.name().to_lowercase(),
             ];
             Some(Second(
                 Command::new(program)
@@ -112,17 +119,18 @@ fn main() -> anyhow::Result<()> {
         }
     };
     let streams = Streams::accept(&listener)?;
-    let node = Node::new(0, vcpus, streams.memory)?;
+    let node = Node::new(0, vcpus, options.transport, streams.memory)?;
     let mut peer = Peer::new(streams.control)?;
     peer.answer().context("starting the second node")?;
     let mut bench = Bench {
         node,
         peer,
-        network: floor::Bare::new(streams.floor)?,
+        network: floor::Bare::new(options.transport, streams.floor)?,
         faults: node::Bare::new()?,
         figures: Figures::new(options.json),
         rounds: options.rounds.max(1),
         vcpus,
+        transport: options.transport,
         one_clock: second.is_some(),
     };
     if options.only != Some(Part::Stream) {

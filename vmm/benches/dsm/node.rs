@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use krg_dsm::memory::GuestRam;
 use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::transport::rdma::RdmaTransport;
 use krg_dsm::transport::{Config, TcpTransport, Transport};
+use serde::{Deserialize, Serialize};
 use krg_guest_kernel::micro::{MicroGuest, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
 use krg_vmm::machine::{Access, End, Event, Fabric, Machine, MachineConfig, Space};
@@ -21,6 +23,22 @@ use super::guest::{self, Job, LOADED};
 pub const SHARE: u64 = 256 << 20;
 /// A job that takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What joins the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum Kind {
+    Tcp,
+    Rdma,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Tcp => "TCP",
+            Kind::Rdma => "RDMA",
+        }
+    }
+}
 
 /// What a vCPU is at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,7 +163,7 @@ impl Client for Listener {
 pub struct Node {
     machine: Arc<Machine>,
     pub dsm: Arc<Dsm>,
-    transport: Arc<TcpTransport>,
+    transport: Arc<dyn Transport>,
     gate: Arc<Gate>,
     ends: Receiver<End>,
     share: u64,
@@ -253,14 +271,17 @@ pub fn run(ram: &GuestRam, gate: &Gate, share: u64, jobs: &[(usize, Job)]) -> an
 
 impl Node {
     /// Node `me`, joined to the other by `stream`.
-    pub fn new(me: usize, vcpus: usize, stream: TcpStream) -> anyhow::Result<Self> {
+    pub fn new(me: usize, vcpus: usize, kind: Kind, stream: TcpStream) -> anyhow::Result<Self> {
         let placement = placement(vcpus);
         let gate = Gate::new(placement.cpus() as usize);
         let ram = Arc::new(GuestRam::new(&[(0, placement.memory())], true)?);
         let (machine, micro, ends) = machine(&placement, me, &ram, &gate)?;
         let mut peers = vec![None, None];
         peers[1 - me] = Some(stream);
-        let transport = Arc::new(TcpTransport::new(peers, Config::default())?);
+        let transport: Arc<dyn Transport> = match kind {
+            Kind::Tcp => Arc::new(TcpTransport::new(peers, Config::default())?),
+            Kind::Rdma => Arc::new(RdmaTransport::connect(peers, Config::default())?),
+        };
         let dsm = Dsm::new(me, ram, transport.clone());
         let listener = Listener {
             gate: gate.clone(),
@@ -365,6 +386,17 @@ impl Bare {
         let mut memory = self.memory.lock().unwrap();
         job.frames().for_each(|frame| memory.discard(frame as u32));
         Ok(times.into_iter().next().unwrap_or_default())
+    }
+
+    /// The same with the pages there before: what the guest's reading and KVM's own faults take.
+    pub fn run_present(&self, job: Job) -> anyhow::Result<Vec<(u64, u64)>> {
+        use krg_dsm::memory::PAGE_WORDS;
+        use krg_dsm::protocol::Memory;
+        let data = Box::new([1; PAGE_WORDS]);
+        let mut memory = self.memory.lock().unwrap();
+        job.frames().for_each(|frame| memory.install(frame as u32, &data, false));
+        drop(memory);
+        self.run(job)
     }
 }
 

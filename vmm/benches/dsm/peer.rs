@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::floor;
 use super::guest::Job;
-use super::node::Node;
+use super::node::{Kind, Node};
 
 /// Connections between the two processes; the first byte says which one it is.
 const ROLES: [u8; 3] = [CONTROL, MEMORY, FLOOR];
@@ -81,11 +81,11 @@ impl Streams {
 }
 
 /// The second process: works until the first closes its connection. `vcpus`: those of node 0.
-pub fn work(address: SocketAddr, vcpus: usize) -> anyhow::Result<()> {
+pub fn work(address: SocketAddr, vcpus: usize, kind: Kind) -> anyhow::Result<()> {
     let streams = Streams::connect(address)?;
+    let node = Node::new(1, vcpus, kind, streams.memory)?;
     let floor = streams.floor;
-    std::thread::spawn(move || floor::serve(floor));
-    let node = Node::new(1, vcpus, streams.memory)?;
+    std::thread::spawn(move || floor::serve(kind, floor));
     let mut answer = streams.control.try_clone()?;
     writeln!(answer, "{}", serde_json::to_string(&Reply::Done)?)?;
     for line in BufReader::new(streams.control).lines() {

@@ -75,15 +75,21 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         Scan::new("strided, no prefetch", STRIDE, false),
     ];
     let rounds = bench.rounds.div_ceil(2);
+    let mut present = Moved::default();
     for _ in 0..rounds {
+        let times = bench.faults.run_present(Job::forward(Touch::Scan, ARENA, PAGES))?;
+        let (from, to) = times.first().copied().unwrap_or_default();
+        present.add(PAGES, (to - from) as f64 / bench.node.ticks_per_us());
         for scan in &mut scans {
             bare.add(PAGES, bench.network.stream(PAGES * 4096)?.as_secs_f64() * 1e6);
             scan.run(bench)?;
         }
     }
     let figures = &bench.figures;
-    figures.section("Reading 32 MiB of the other node's memory; the floor is what TCP carries");
-    figures.plain("bare TCP stream", bare.rate(), "MB/s");
+    let transport = bench.transport.name();
+    figures.section(&format!("Reading 32 MiB of the other node's memory; the floor is what {transport} carries"));
+    figures.plain(&format!("bare {transport} stream"), bare.rate(), "MB/s");
+    figures.plain("guest reading pages that are here", present.rate(), "MB/s");
     for Scan { name, job, moved, faults, .. } in &scans {
         figures.floor(name, moved.rate(), "MB/s", bare.rate());
         figures.plain(&format!("{name}, faults"), *faults as f64 / (rounds * job.count) as f64, "a page");
