@@ -8,7 +8,7 @@
 mod cache;
 mod upkeep;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -43,6 +43,8 @@ const ROOM_PATIENCE: Duration = Duration::from_secs(1);
 /// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
 /// are still being read, and a fault waits behind so many pages at most.
 const AHEAD_AT_ONCE: usize = 16;
+/// Pages of streams that may be under way at a time: enough for the wire, and the most that a fault waits behind.
+const AHEAD_UNDER_WAY: usize = 64;
 
 /// Pages asked for in one step, with the engine locked.
 const PREFETCH_AT_ONCE: u32 = 64;
@@ -122,6 +124,8 @@ struct State {
     waiting: HashMap<u32, Instant>,
     waited: Waited,
     predictor: Predictor,
+    /// Pages of streams still to be asked for: the first, and a bit for each.
+    asks: VecDeque<(u32, u64)>,
 }
 
 /// How long faults took from the event's arrival here to the page's.
@@ -210,7 +214,7 @@ impl Dsm {
             engine.plant(bug);
         }
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default(), asks: VecDeque::new() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -409,23 +413,38 @@ impl Dsm {
         }
     }
 
-    /// Asks for what a thread is going to read next, if its faults show that. The fault itself, which
-    /// somebody waits for, has been asked for before.
+    /// Sees to it that what a thread is going to read next is asked for, if its faults show that. The fault
+    /// itself, which somebody waits for, has been asked for before.
     fn follow(&self, thread: u32, page: u32) {
-        let mut ask = Vec::new();
-        // Nothing is evicted for pages that may never be read.
         if let Some(state) = self.lock().as_mut() {
-            let room = state.cache.limit().saturating_sub(state.memory.copies()).saturating_sub(state.engine.pending() as u32);
+            // Nothing is evicted for pages that may never be read.
+            let asked = state.engine.pending() as u32 + state.asks.iter().map(|(_, wanted)| wanted.count_ones()).sum::<u32>();
+            let room = state.cache.limit().saturating_sub(state.memory.copies()).saturating_sub(asked);
+            let mut ask = Vec::new();
             state.predictor.fault(thread, page, room, &mut ask);
+            // Streams go either way.
+            ask.sort_unstable();
+            let mut rest = &ask[..];
+            while let Some(&first) = rest.first() {
+                let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
+                state.asks.push_back((first, rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first))));
+                rest = &rest[some..];
+            }
         }
-        // Streams go either way.
-        ask.sort_unstable();
-        let mut rest = &ask[..];
-        while let Some(&first) = rest.first() {
-            let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
-            let wanted = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
-            rest = &rest[some..];
-            self.step(self.me, Input::Ahead { first, wanted });
+        self.ask_ahead();
+    }
+
+    /// Asks for pages of streams, as far as enough of those asked for before have come.
+    fn ask_ahead(&self) {
+        loop {
+            let next = self.lock().as_mut().and_then(|state| {
+                let fits = state.engine.asked_ahead() + AHEAD_AT_ONCE <= AHEAD_UNDER_WAY;
+                if fits { state.asks.pop_front() } else { None }
+            });
+            match next {
+                Some((first, wanted)) => self.step(self.me, Input::Ahead { first, wanted }),
+                None => return,
+            };
         }
     }
 
@@ -458,6 +477,7 @@ impl Dsm {
             Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
             _ => None,
         };
+        let came = matches!(input, Input::Message { message: Message::Given { .. }, .. });
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -520,6 +540,9 @@ impl Dsm {
         }
         if let Err(error) = result {
             self.fail(error);
+        }
+        if came {
+            self.ask_ahead();
         }
         waits
     }

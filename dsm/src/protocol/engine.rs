@@ -261,6 +261,11 @@ impl<const W: usize> Engine<W> {
         self.pending.len() + self.ahead.len()
     }
 
+    /// Pages asked for by [`Message::Ask`] that have not come yet.
+    pub fn asked_ahead(&self) -> usize {
+        self.ahead.len()
+    }
+
     /// Whether anything waits here for another node.
     pub fn quiet(&self) -> bool {
         self.pending.is_empty() && self.ahead.is_empty() && self.freeing.is_empty() && self.fence.is_open() && self.directory.quiet()

@@ -6,7 +6,7 @@ use super::Bench;
 use super::breakdown::Breakdown;
 use super::figures::{Beside, Figure, Times};
 use super::guest::{ARENA, Job, Touch};
-use super::node::SHARE;
+use super::node::{Kind, SHARE};
 use super::peer::Request;
 
 /// Pages that take part in one kind of measurement: more than are touched, so that no two touches of
@@ -17,8 +17,13 @@ const ARENA_BYTES: u64 = PAGES * 4096;
 const TOUCHES: u64 = 250;
 /// Rounds of ping-pong at a time.
 const TURNS: u64 = 250;
-/// Mean fault of GiantVM over TCP in microseconds: KVM Forum 2025, slides.
-const GIANTVM_TCP: f64 = 304.65;
+/// Mean fault of GiantVM over each transport in microseconds: KVM Forum 2025, slides.
+fn giantvm(transport: Kind) -> f64 {
+    match transport {
+        Kind::Tcp => 304.65,
+        Kind::Rdma => 10.91,
+    }
+}
 
 /// Where the `n`th kind's pages are: the second node is their home.
 fn arena(n: u64) -> u64 {
@@ -52,7 +57,7 @@ impl Bench {
 }
 
 /// What one kind of fault took and moved.
-struct Kind {
+struct Fault {
     name: &'static str,
     times: Times,
     frames: u64,
@@ -60,9 +65,9 @@ struct Kind {
     touches: u64,
 }
 
-impl Kind {
+impl Fault {
     fn new(name: &'static str) -> Self {
-        Kind {
+        Fault {
             name,
             times: Times::new(),
             frames: 0,
@@ -99,8 +104,8 @@ impl Kind {
 
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let (mut trip, mut resolve, mut turns) = (Times::new(), Times::new(), Times::new());
-    let (mut read, mut write) = (Kind::new("read miss"), Kind::new("write miss"));
-    let (mut upgrade, mut untouched) = (Kind::new("upgrade"), Kind::new("page nobody wrote"));
+    let (mut read, mut write) = (Fault::new("read miss"), Fault::new("write miss"));
+    let (mut upgrade, mut untouched) = (Fault::new("upgrade"), Fault::new("page nobody wrote"));
     let mut breakdown = Breakdown::default();
     let scattered = |touch, n, seed| Job::scattered(touch, arena(n), PAGES, TOUCHES, seed * 977);
     for round in 0..bench.rounds {
@@ -184,10 +189,10 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.section("Faults; the floor is the sum of the two above");
     read.put(bench, Some(floor));
     figures.put(Figure {
-        name: "read miss beside GiantVM over TCP, mean".into(),
+        name: format!("read miss beside GiantVM over {}, mean", bench.transport.name()),
         value: read.times.mean(),
         unit: "us",
-        beside: Beside::Rival(GIANTVM_TCP),
+        beside: Beside::Rival(giantvm(bench.transport)),
     });
     write.put(bench, Some(floor));
     upgrade.put(bench, None);
