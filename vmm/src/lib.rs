@@ -3,3 +3,4 @@
 pub mod cluster;
 pub mod machine;
 pub mod node;
+pub mod ownership;

@@ -11,7 +11,7 @@ mod report;
 mod shared;
 mod single;
 mod tsc;
-mod wire;
+pub mod wire;
 
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -22,7 +22,8 @@ use krg_dsm::node::DsmError;
 use krg_scheduler::Placement;
 use serde::{Deserialize, Serialize};
 
-use crate::machine::End;
+use crate::machine::{End, Machine, MoveError};
+use crate::ownership::Outcome;
 
 /// How page-table pages that several hosts walk are kept (`--page-tables`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +118,15 @@ pub struct CpuidLeaf {
 pub enum NodeInput {
     /// Bytes typed on the console (node 0).
     Console(Vec<u8>),
+    /// Move a vCPU; answered by [`NodeOutput::moved`].
+    Migrate {
+        /// The front end's number for it.
+        id: u64,
+        /// The vCPU.
+        vcpu: u32,
+        /// The node it is to run on.
+        node: usize,
+    },
     /// Stop now: the front end is gone or the user asked; the text says which.
     Stop(String),
 }
@@ -127,6 +137,50 @@ pub trait NodeOutput: Send + Sync {
     fn console(&self, bytes: &[u8]);
     /// A line worth showing to people, and its machine form (`{"event": ...}`).
     fn event(&self, line: &str, json: serde_json::Value);
+    /// What came of the move that was asked for under `id`. Not called if the machine ends first.
+    fn moved(&self, id: u64, answer: MoveAnswer);
+}
+
+/// What came of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MoveAnswer {
+    /// The vCPU runs on the node, in this epoch of its ownership: the higher, the newer.
+    Moved(u64),
+    /// It ran there already.
+    AlreadyThere,
+    /// The vCPU is being started; a moment later it may be moved.
+    Busy,
+    /// There is no such vCPU.
+    NoVcpu,
+    /// There is no such node.
+    NoNode,
+    /// The node is lost.
+    NodeLost,
+    /// A node was lost, perhaps with the vCPU.
+    OwnerLost,
+}
+
+impl From<Outcome> for MoveAnswer {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Moved { epoch } => MoveAnswer::Moved(epoch),
+            Outcome::AlreadyThere => MoveAnswer::AlreadyThere,
+            Outcome::Busy => MoveAnswer::Busy,
+            Outcome::NodeLost => MoveAnswer::NodeLost,
+            Outcome::OwnerLost => MoveAnswer::OwnerLost,
+        }
+    }
+}
+
+/// Has `machine` move a vCPU, and `output` told what came of it.
+fn migrate(machine: &Machine, id: u64, vcpu: u32, node: usize, output: &Arc<dyn NodeOutput>) {
+    let told = Arc::clone(output);
+    let answer = match machine.migrate(vcpu, node, Box::new(move |outcome| told.moved(id, outcome.into()))) {
+        Ok(()) => return,
+        Err(MoveError::NoVcpu(_)) => MoveAnswer::NoVcpu,
+        Err(MoveError::NoNode(_)) => MoveAnswer::NoNode,
+    };
+    output.moved(id, answer);
 }
 
 /// How a node's run ended.
@@ -169,6 +223,8 @@ enum Happening {
     Machine(End),
     Setup(usize, Vec<u8>),
     Dsm(DsmError),
+    /// A vCPU came to run here.
+    Arrived { vcpu: u32, epoch: u64 },
     /// A node sent a machine message that is none.
     Nonsense(usize),
 }

@@ -13,7 +13,8 @@ use krg_dsm::transport::{Config, TcpTransport, Transport};
 use serde::{Deserialize, Serialize};
 use krg_guest_kernel::micro::{MicroGuest, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
-use krg_vmm::machine::{Access, End, Event, Fabric, Machine, MachineConfig, Space};
+use krg_vmm::machine::{Access, End, Fabric, Machine, MachineConfig, Space};
+use krg_vmm::ownership::Message;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -119,7 +120,7 @@ impl Gate {
 }
 
 impl Fabric for Gate {
-    fn interrupt(&self, _: u32, _: Event) {}
+    fn send(&self, _: usize, _: u32, _: Message) {}
 
     fn io(&self, access: Access) -> Option<u64> {
         if access.space == Space::Port && access.address == u64::from(PORT_YIELD) {

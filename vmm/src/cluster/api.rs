@@ -1,7 +1,9 @@
 //! The control socket (`--api`): a Unix socket on which programs ask one JSON object a line.
 //!
 //! `{"cmd":"status"}` is answered by `{"ok":true,"status":{...}}`, `{"cmd":"stop"}` ends the
-//! machine and is answered by `{"ok":true}`; anything else by `{"ok":false,"error":"..."}`.
+//! machine and is answered by `{"ok":true}`. `{"cmd":"migrate","vcpu":N,"node":M}` moves a vCPU and is answered
+//! when it runs on the node, by `{"ok":true,"moved":true}`, or `"moved":false` if it did before. What fails is
+//! answered by `{"ok":false,"error":"..."}`, with `"errno"` where there is one.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -27,7 +29,7 @@ const MAX_CLIENTS: usize = 16;
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "cmd", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Request {
     /// What runs where, with the figures every node told last (some seconds ago at most): faults, messages,
@@ -35,6 +37,22 @@ pub enum Request {
     Status,
     /// End the machine now.
     Stop,
+    /// Move a vCPU to another node. What isn't a number is none of this machine's.
+    Migrate {
+        /// The vCPU.
+        vcpu: Value,
+        /// The node.
+        node: Value,
+    },
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The error's symbol.
+    pub errno: &'static str,
+    /// One line for people.
+    pub line: String,
 }
 
 /// The listening socket; dropping it removes the file.
@@ -48,7 +66,7 @@ impl Api {
     ///
     /// # Errors
     /// One line for people.
-    pub fn listen(path: &Path, answer: impl Fn(Request) -> Value + Send + Sync + 'static) -> Result<Self, String> {
+    pub fn listen(path: &Path, answer: impl Fn(Request) -> Result<Value, Failure> + Send + Sync + 'static) -> Result<Self, String> {
         let failed = |error: &io::Error| format!("--api {}: {}", path.display(), errno::describe(error));
         remove_stale(path)?;
         // The file must not be open to others even between bind and chmod.
@@ -112,7 +130,7 @@ fn remove_stale(path: &Path) -> Result<(), String> {
     fs::remove_file(path).map_err(|error| format!("--api {}: {}", path.display(), errno::describe(&error)))
 }
 
-fn serve(client: &UnixStream, answer: &dyn Fn(Request) -> Value) {
+fn serve(client: &UnixStream, answer: &dyn Fn(Request) -> Result<Value, Failure>) {
     let _ = client.set_write_timeout(Some(WRITE_LIMIT));
     let mut reader = BufReader::new(client);
     let mut writer = client;
@@ -131,18 +149,20 @@ fn serve(client: &UnixStream, answer: &dyn Fn(Request) -> Value) {
     }
 }
 
-fn respond(line: &[u8], complete: bool, answer: &dyn Fn(Request) -> Value) -> Value {
+fn respond(line: &[u8], complete: bool, answer: &dyn Fn(Request) -> Result<Value, Failure>) -> Value {
     if !complete && line.len() as u64 == MAX_REQUEST {
         return json!({"ok": false, "error": format!("a request of more than {MAX_REQUEST} bytes")});
     }
     match serde_json::from_slice(line) {
-        Ok(request) => {
-            let mut reply = answer(request);
-            if let Value::Object(members) = &mut reply {
-                members.insert("ok".into(), true.into());
+        Ok(request) => match answer(request) {
+            Ok(mut reply) => {
+                if let Value::Object(members) = &mut reply {
+                    members.insert("ok".into(), true.into());
+                }
+                reply
             }
-            reply
-        }
+            Err(Failure { errno, line }) => json!({"ok": false, "errno": errno, "error": format!("{errno}: {line}")}),
+        },
         Err(error) => json!({"ok": false, "error": format!("not a request: {error}")}),
     }
 }
@@ -170,21 +190,24 @@ mod tests {
         let dir = TempDir::new_with_prefix("/tmp/krg-api").unwrap();
         let path = dir.as_path().join("api");
         let api = Api::listen(&path, |request| match request {
-            Request::Status => json!({"status": 7}),
-            Request::Stop => json!({}),
+            Request::Status => Ok(json!({"status": 7})),
+            Request::Stop => Ok(json!({})),
+            Request::Migrate { vcpu, node } => Err(Failure { errno: "EINVAL", line: format!("{vcpu} to {node}") }),
         })
         .unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let replies = ask(
             &path,
-            b"{\"cmd\":\"status\"}\n{\"cmd\":\"stop\"}\n{\"cmd\":\"fly\"}\nnonsense\n",
+            b"{\"cmd\":\"status\"}\n{\"cmd\":\"stop\"}\n{\"cmd\":\"fly\"}\nnonsense\n{\"cmd\":\"migrate\",\"vcpu\":-1,\"node\":\"abc\"}\n{\"cmd\":\"migrate\"}\n",
         );
+        assert_eq!(replies[4], json!({"ok": false, "errno": "EINVAL", "error": "EINVAL: -1 to \"abc\""}));
+        assert_eq!(replies[5]["ok"], false);
         assert_eq!(replies[0], json!({"ok": true, "status": 7}));
         assert_eq!(replies[1], json!({"ok": true}));
         assert_eq!((&replies[2]["ok"], &replies[3]["ok"]), (&json!(false), &json!(false)));
         let replies = ask(&path, &vec![b'['; MAX_REQUEST as usize]);
         assert!(replies[0]["error"].as_str().unwrap().contains("more than"));
-        assert!(Api::listen(&path, |_| json!({})).is_err_and(|line| line.contains("EADDRINUSE")));
+        assert!(Api::listen(&path, |_| Ok(json!({}))).is_err_and(|line| line.contains("EADDRINUSE")));
         drop(api);
         assert!(!path.exists());
     }
@@ -195,9 +218,9 @@ mod tests {
         let path = dir.as_path().join("api");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        drop(Api::listen(&path, |_| json!({})).unwrap());
+        drop(Api::listen(&path, |_| Ok(json!({}))).unwrap());
         fs::write(&path, "data").unwrap();
-        assert!(Api::listen(&path, |_| json!({})).is_err_and(|line| line.contains("EEXIST")));
+        assert!(Api::listen(&path, |_| Ok(json!({}))).is_err_and(|line| line.contains("EEXIST")));
         assert_eq!(fs::read_to_string(&path).unwrap(), "data");
     }
 }

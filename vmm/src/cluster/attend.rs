@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use krg_scheduler::Placement;
 use serde_json::{Value, json};
 
 use super::console::{self, Typed};
@@ -14,7 +15,7 @@ use super::link::LinkSender;
 use super::message::{FromNode, ToNode};
 use super::report::Reporter;
 use super::verdict::{Ending, Ends};
-use crate::node::{NodeEnd, NodeInput};
+use crate::node::{MoveAnswer, NodeEnd, NodeInput};
 
 /// How long the other nodes may take to report after a loss or failure. With the silence that
 /// shows a loss it stays under 5 s.
@@ -31,6 +32,15 @@ pub enum FrontEvent {
     Node(usize, NodeEvent),
     /// From the user.
     Typed(Typed),
+    /// A request on the control socket to move a vCPU.
+    Migrate {
+        /// The vCPU.
+        vcpu: u32,
+        /// The node it is to run on.
+        node: usize,
+        /// Where the answer goes; dropped if the machine ends first.
+        reply: Sender<MoveAnswer>,
+    },
     /// A signal, or a request on the control socket, to end the machine; says which.
     Quit(String),
 }
@@ -42,6 +52,8 @@ pub enum NodeEvent {
     Console(Vec<u8>),
     /// A line worth showing.
     Event(String, Value),
+    /// What came of a move.
+    Migrated(u64, MoveAnswer),
     /// It ended.
     Ended(NodeEnd),
     /// It is gone.
@@ -67,6 +79,13 @@ impl Port {
         }
     }
 
+    fn migrate(&self, id: u64, vcpu: u32, node: usize) {
+        match self {
+            Self::Linked(link) => drop(link.send(ToNode::Migrate { id, vcpu, node })),
+            Self::Here(input) => drop(input.send(NodeInput::Migrate { id, vcpu, node })),
+        }
+    }
+
     fn stop(&self, reason: &str) {
         match self {
             Self::Linked(link) => drop(link.send(ToNode::Stop(reason.into()))),
@@ -75,23 +94,57 @@ impl Port {
     }
 }
 
-/// What each node counted when it last told.
+/// What each node counted when it last told, and where the vCPUs are.
 #[derive(Clone, Debug, Default)]
-pub struct Statistics(Arc<Mutex<BTreeMap<usize, Value>>>);
+pub struct Statistics(Arc<Mutex<Told>>);
+
+#[derive(Debug, Default)]
+struct Told {
+    counted: BTreeMap<usize, Value>,
+    /// Node and epoch of each vCPU's owner.
+    owners: Vec<(usize, u64)>,
+}
 
 impl Statistics {
+    /// A machine starts: its vCPUs are where they were placed.
+    pub fn start(&self, placement: &Placement) {
+        let owners = (0..placement.cpus()).map(|vcpu| (placement.owner(vcpu).unwrap_or(0), 0));
+        self.lock().owners = owners.collect();
+    }
+
     /// The last word of a node; null if it has said nothing yet.
     pub fn of(&self, node: usize) -> Value {
-        self.lock().get(&node).cloned().unwrap_or_default()
+        self.lock().counted.get(&node).cloned().unwrap_or_default()
+    }
+
+    /// The vCPUs that run on a node.
+    pub fn vcpus(&self, node: usize) -> Vec<usize> {
+        let told = self.lock();
+        told.owners.iter().enumerate().filter(|(_, (owner, _))| *owner == node).map(|(vcpu, _)| vcpu).collect()
     }
 
     fn keep(&self, node: usize, json: &Value) {
         if json["event"] == "statistics" {
-            self.lock().insert(node, json.clone());
+            self.lock().counted.insert(node, json.clone());
+        }
+        if let ("migrated", Some(vcpu), Some(epoch)) =
+            (json["event"].as_str().unwrap_or_default(), json["vcpu"].as_u64(), json["epoch"].as_u64())
+        {
+            self.moved(vcpu, node, epoch);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Value>> {
+    /// A vCPU came to a node.
+    fn moved(&self, vcpu: u64, node: usize, epoch: u64) {
+        let mut told = self.lock();
+        let owner = usize::try_from(vcpu).ok().and_then(|vcpu| told.owners.get_mut(vcpu));
+        // News of an older move may come later.
+        if let Some(owner) = owner.filter(|owner| owner.1 < epoch) {
+            *owner = (node, epoch);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -117,6 +170,8 @@ impl Attended<'_> {
         let mut ends = Ends::new(self.names.clone());
         let mut quit: Option<String> = None;
         let mut end_by: Option<Instant> = None;
+        let mut moves: BTreeMap<u64, (u32, usize, Sender<MoveAnswer>)> = BTreeMap::new();
+        let mut next_move = 0;
         while !ends.all() {
             let event = match end_by {
                 None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -139,6 +194,23 @@ impl Attended<'_> {
                 FrontEvent::Node(node, NodeEvent::Lost(reason)) => {
                     ends.lost(node, reason);
                     self.settle(&mut ends, quit.is_some(), &mut end_by);
+                    None
+                }
+                FrontEvent::Node(_, NodeEvent::Migrated(id, answer)) => {
+                    if let Some((vcpu, node, reply)) = moves.remove(&id) {
+                        if let MoveAnswer::Moved(epoch) = answer {
+                            self.statistics.moved(vcpu.into(), node, epoch);
+                        }
+                        // Who asked may be gone.
+                        let _ = reply.send(answer);
+                    }
+                    None
+                }
+                FrontEvent::Migrate { vcpu, node, reply } => {
+                    // Node 0 passes it on to the node that runs the vCPU.
+                    self.ports[0].migrate(next_move, vcpu, node);
+                    moves.insert(next_move, (vcpu, node, reply));
+                    next_move += 1;
                     None
                 }
                 FrontEvent::Node(node, NodeEvent::Answer(answer)) => {
@@ -289,6 +361,37 @@ mod tests {
         );
         assert_eq!(statistics.of(1), json!({"event": "statistics", "bounces": 2, "node": 1}));
         assert_eq!(statistics.of(0), Value::Null);
+    }
+
+    #[test]
+    fn moves_are_answered_and_the_newest_owner_counts() {
+        let statistics = Statistics::default();
+        statistics.start(&Placement {
+            hosts: vec![
+                krg_scheduler::HostShare { vcpus: vec![0, 1], memory: 0 },
+                krg_scheduler::HostShare { vcpus: vec![2], memory: 0 },
+            ],
+        });
+        let (reply, answer) = channel();
+        let came = |node, vcpu: u32, epoch: u64| {
+            FrontEvent::Node(node, NodeEvent::Event(String::new(), json!({"event": "migrated", "vcpu": vcpu, "epoch": epoch})))
+        };
+        let (_, _, told) = attend_with(
+            vec![
+                FrontEvent::Migrate { vcpu: 1, node: 1, reply },
+                FrontEvent::Node(0, NodeEvent::Migrated(0, MoveAnswer::Moved(1))),
+                FrontEvent::Node(0, NodeEvent::Migrated(7, MoveAnswer::Moved(9))),
+                came(0, 2, 2),
+                came(1, 2, 1),
+                came(1, 99, 1),
+                ended(1, NodeEnd::PowerOff),
+                ended(0, NodeEnd::PowerOff),
+            ],
+            statistics.clone(),
+        );
+        assert!(matches!(told[0][0], NodeInput::Migrate { id: 0, vcpu: 1, node: 1 }));
+        assert_eq!(answer.recv(), Ok(MoveAnswer::Moved(1)));
+        assert_eq!((statistics.vcpus(0), statistics.vcpus(1)), (vec![0, 2], vec![1]));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What a front end and a node say to each other after the handshake.
 //!
 //! ```text
-//! front end   Hello  -> Ping* -> Prepare -> Connect -> Start -> Console*, Stop
-//! node        Offer  -> Pong* -> Prepared -> Ready  -> Console*, Event*, Ended
+//! front end   Hello  -> Ping* -> Prepare -> Connect -> Start -> Console*, Migrate*, Stop
+//! node        Offer  -> Pong* -> Prepared -> Ready  -> Console*, Event*, Migrated*, Ended
 //! ```
 //!
 //! After `Ended` the node waits for another `Prepare`. `Refused` may take the place of any answer
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::latin1;
 use super::hosts::MAX_HOSTS;
 use super::offer::Offer;
-use crate::node::{NodeEnd, NodeSpec};
+use crate::node::{MoveAnswer, NodeEnd, NodeSpec};
 
 /// From the front end to a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,15 @@ pub enum ToNode {
     Start,
     /// Bytes typed on the console.
     Console(#[serde(with = "latin1")] Vec<u8>),
+    /// Move a vCPU; answered by `Migrated` with the same `id`, unless the machine ends first.
+    Migrate {
+        /// The front end's number for it.
+        id: u64,
+        /// The vCPU.
+        vcpu: u32,
+        /// The node it is to run on.
+        node: usize,
+    },
     /// End the machine now; the text says why.
     Stop(String),
 }
@@ -109,6 +118,13 @@ pub enum FromNode {
         /// For programs.
         json: serde_json::Value,
     },
+    /// What came of a move.
+    Migrated {
+        /// The front end's number for it.
+        id: u64,
+        /// What came of it.
+        answer: MoveAnswer,
+    },
     /// The node's run is over.
     Ended(NodeEnd),
 }
@@ -123,6 +139,7 @@ impl ToNode {
             Self::Connect => "Connect",
             Self::Start => "Start",
             Self::Console(_) => "Console",
+            Self::Migrate { .. } => "Migrate",
             Self::Stop(_) => "Stop",
         }
     }
@@ -139,6 +156,7 @@ impl FromNode {
             Self::Ready => "Ready",
             Self::Console(_) => "Console",
             Self::Event { .. } => "Event",
+            Self::Migrated { .. } => "Migrated",
             Self::Ended(_) => "Ended",
         }
     }

@@ -15,7 +15,7 @@ use super::handshake::HANDSHAKE_LIMIT;
 use super::link::{Incoming, Link, LinkSender};
 use super::mesh::{self, Acceptance, PeerResult};
 use super::message::{FromNode, Prepare, ToNode};
-use crate::node::{NodeEnd, NodeInput, NodeOutput};
+use crate::node::{MoveAnswer, NodeEnd, NodeInput, NodeOutput};
 
 /// How long the peers may take to connect.
 const MESH_LIMIT: Duration = Duration::from_secs(10);
@@ -181,7 +181,7 @@ impl Session<Offered> {
                     return Ok(self.with(Prepared(prepare)));
                 }
                 // Said to the machine before, while it was ending.
-                Some(Event::FrontEnd(Incoming::Message(ToNode::Console(_) | ToNode::Stop(_)))) | None => {}
+                Some(Event::FrontEnd(Incoming::Message(ToNode::Console(_) | ToNode::Migrate { .. } | ToNode::Stop(_)))) | None => {}
                 Some(event) => return Err(unexpected(event)),
             }
         }
@@ -313,6 +313,9 @@ impl Session<Offered> {
                 Ok(Some(Event::FrontEnd(Incoming::Message(ToNode::Console(bytes))))) => {
                     let _ = input.send(NodeInput::Console(bytes));
                 }
+                Ok(Some(Event::FrontEnd(Incoming::Message(ToNode::Migrate { id, vcpu, node })))) => {
+                    let _ = input.send(NodeInput::Migrate { id, vcpu, node });
+                }
                 Ok(Some(Event::FrontEnd(Incoming::Message(ToNode::Stop(reason))))) => stop_by = stop(reason),
                 Ok(Some(Event::FrontEnd(Incoming::Lost(reason)))) => {
                     stop_by = stop(format!("the front end is lost: {reason}"));
@@ -347,5 +350,9 @@ impl NodeOutput for Output {
             line: line.into(),
             json,
         });
+    }
+
+    fn moved(&self, id: u64, answer: MoveAnswer) {
+        let _ = self.0.send(FromNode::Migrated { id, answer });
     }
 }

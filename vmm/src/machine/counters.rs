@@ -15,6 +15,7 @@ pub struct Counters {
     pub(crate) drains: AtomicU64,
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
+    pub(crate) arrivals: AtomicU64,
 }
 
 /// A reading of [`Counters`].
@@ -34,8 +35,10 @@ pub struct VcpuStatistics {
     pub drains: u64,
     /// Events for this vCPU that this node sent to another one.
     pub sent: u64,
-    /// Events for this vCPU that came from other nodes.
+    /// Events for this vCPU that came from other nodes, passed on or not.
     pub received: u64,
+    /// Times it came to run on this node.
+    pub arrivals: u64,
 }
 
 impl VcpuStatistics {
@@ -58,6 +61,7 @@ impl Counters {
             drains: get(&self.drains),
             sent: get(&self.sent),
             received: get(&self.received),
+            arrivals: get(&self.arrivals),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ownership::Message;
+
 /// An event for one vCPU, as a local APIC accepts it (Intel SDM vol. 3A, 11.5.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Event {
@@ -49,12 +51,17 @@ pub struct Access {
     pub direction: Direction,
 }
 
-/// The other nodes, as the machine sees them. Implementations keep the order of calls from one
-/// thread for one destination, and send on every memory change this node has to publish before the
-/// event itself (a receiver that learns of a change must find it in place).
+/// The other nodes, as the machine sees them. Implementations send on every memory change this node has to
+/// publish before a message itself (a receiver that learns of a change must find it in place). They are called
+/// without locks that [`super::Machine::receive`] takes, so they may deliver other messages meanwhile.
 pub trait Fabric: Send + Sync {
-    /// Raises `event` on `vcpu` at its owner, through [`super::Machine::deliver`] there.
-    fn interrupt(&self, vcpu: u32, event: Event);
+    /// Sends a message about `vcpu` to node `to`, for [`super::Machine::receive`] there.
+    fn send(&self, to: usize, vcpu: u32, message: Message);
+
+    /// `vcpu` came to run on this node, which owns it in this epoch.
+    fn arrived(&self, vcpu: u32, epoch: u64) {
+        let _ = (vcpu, epoch);
+    }
 
     /// Has node 0 do `access`, through [`super::Machine::serve`] there. Returns the value read, 0
     /// for writes; `None` when node 0 can't be reached any more (the machine is ending).

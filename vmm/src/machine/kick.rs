@@ -50,6 +50,61 @@ pub(crate) fn with_kicks(vcpu: &mut Vcpu, body: impl FnOnce(&mut Vcpu)) {
     body(vcpu);
 }
 
+/// This thread, for [`kick_thread`].
+pub(crate) fn this_thread() -> i32 {
+    thread_local! {
+        // SAFETY: gettid has no arguments and can't fail.
+        static NUMBER: i32 = unsafe { libc::gettid() };
+    }
+    NUMBER.with(|number| *number)
+}
+
+/// Kicks the vCPU that a thread of this process runs; no effect for 0 or one that has ended.
+pub(crate) fn kick_thread(number: i32) {
+    if number != 0 {
+        // SAFETY: tgkill takes numbers only, and signals no process but this one. A number used again is
+        // another thread's, which the handler leaves alone unless it runs a vCPU: then it's one kick too many.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), number, SIGRTMIN()) };
+    }
+}
+
+/// Calls KVM_RUN on this thread's vCPU with a signal pending: the guest executes nothing, but KVM does what it
+/// does before it enters the guest and after, which a KVM_RUN with `immediate_exit` doesn't.
+pub(crate) fn run_nothing(vcpu: &mut Vcpu) -> Result<(), MachineError> {
+    let os = |call| MachineError::last_os(call);
+    let mut kicks = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset makes a valid set of it, to which sigaddset adds; SIGRTMIN is a valid signal.
+    let kicks = unsafe {
+        libc::sigemptyset(kicks.as_mut_ptr());
+        libc::sigaddset(kicks.as_mut_ptr(), SIGRTMIN());
+        kicks.assume_init()
+    };
+    // SAFETY: both sets are valid or null.
+    if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const kicks, ptr::null_mut()) } != 0 {
+        return Err(os("pthread_sigmask"));
+    }
+    // Blocked, it stays pending until KVM_RUN, which blocks nothing.
+    let result = vcpu.signal_mask(Some(0)).and_then(|()| {
+        vcpu.fd.set_kvm_immediate_exit(0);
+        kick_thread(this_thread());
+        match vcpu.fd.run() {
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
+            Err(e) => Err(super::vcpu::fail("KVM_RUN", vcpu.id, e)),
+            Ok(exit) => Err(MachineError::Kvm {
+                call: "KVM_RUN",
+                object: format!("vCPU returned {exit:?} instead of running nothing"),
+                errno: Errno(libc::EIO),
+            }),
+        }
+    });
+    let unmasked = vcpu.signal_mask(None);
+    // SAFETY: as above.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const kicks, ptr::null_mut()) };
+    // The handler has run by now.
+    vcpu.fd.set_kvm_immediate_exit(0);
+    result.and(unmasked)
+}
+
 /// Kicks the vCPU that `thread` runs; no effect if the thread has ended.
 pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
     // ESRCH: it has ended.

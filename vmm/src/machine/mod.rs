@@ -15,12 +15,15 @@ mod dsdt;
 pub mod emulated;
 mod error;
 mod fabric;
+mod gate;
 mod ioapic;
 mod kick;
 pub mod kvm;
 pub mod layout;
+mod migrate;
 mod msi;
 mod owner;
+mod owners;
 mod power;
 mod proxy;
 mod rtc;
@@ -29,6 +32,7 @@ pub mod state;
 mod stub;
 mod threads;
 mod topology;
+mod transfer;
 mod vcpu;
 
 use std::sync::atomic::Ordering;
@@ -39,18 +43,21 @@ use krg_scheduler::Placement;
 use vm_memory::GuestMemoryMmap;
 
 use crate::node::CpuidLeaf;
+use crate::ownership;
 
 pub use counters::VcpuStatistics;
 pub use error::{Errno, MachineError};
 pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space};
 pub use ioapic::{Ioapic, IoapicState};
 pub use msi::{Destination, Interrupts, Message};
+pub use owners::{MoveError, MoveReply};
 pub use serial::{Com1State, Output};
 pub use vcpu::Role;
 
 use bus::Bus;
 use counters::Counters;
 use kvm::FaultKinds;
+use owners::Owners;
 use state::MachineState;
 use threads::{Shared, Threads};
 use vcpu::Vcpu;
@@ -121,13 +128,9 @@ impl Machine {
         let vm = kvm::Vm::new(&kvm, memory, faults)?;
         let count = placement.cpus();
         let counters: Arc<Vec<Counters>> = Arc::new((0..count).map(|_| Counters::default()).collect());
-        let interrupts = Arc::new(Interrupts::new(
-            vm.fd.clone(),
-            node,
-            &placement,
-            fabric.clone(),
-            counters.clone(),
-        )?);
+        let owners = Owners::new(vm.fd.clone(), node, &placement, fabric.clone(), counters.clone(), ends.clone())?;
+        let owners = Arc::new(owners);
+        let interrupts = Arc::new(Interrupts::new(owners.clone()));
         let clock = if tsc_khz == 0 {
             kvm::host_tsc_khz(&kvm)?
         } else {
@@ -155,7 +158,10 @@ impl Machine {
             devices: OnceLock::new(),
             ends: ends.clone(),
         });
-        let shared = Arc::new(Shared::new(interrupts, bus, fabric, counters, ends));
+        let list = msr_list(&kvm)?;
+        let first = vcpus.first().map(|vcpu| vcpu.read_msrs(&list)).transpose()?.unwrap_or_default();
+        let msrs = first.into_iter().map(|(index, _)| index).collect();
+        let shared = Arc::new(Shared::new(owners, interrupts, bus, fabric, counters, msrs, ends));
         let threads = Threads::new(vcpus, shared.clone());
         Ok(Machine {
             threads,
@@ -186,7 +192,7 @@ impl Machine {
     /// # Errors
     /// When the vCPUs are running, or KVM refuses the state.
     pub fn set_entry(&self, entry: &boot::Entry) -> Result<(), MachineError> {
-        if self.shared.interrupts.owner(0) != Some(self.node) {
+        if !self.shared.owners.runs_here(0) {
             return Ok(());
         }
         self.threads.with_stopped(0, |vcpu| entry.apply(vcpu))
@@ -220,9 +226,33 @@ impl Machine {
         self.threads.stop();
     }
 
-    /// Raises an event that another node sent for a vCPU of this one.
-    pub fn deliver(&self, vcpu: u32, event: Event) {
-        self.shared.interrupts.deliver(vcpu, event);
+    /// Takes a message about a vCPU that node `from` sent.
+    pub fn receive(&self, from: usize, vcpu: u32, message: ownership::Message) {
+        self.shared.owners.receive(from, vcpu, message);
+    }
+
+    /// Moves `vcpu` to node `to`. `reply` is called with what came of it, by any thread, or dropped if the
+    /// machine ends first.
+    ///
+    /// # Errors
+    /// There is no such vCPU or node.
+    pub fn migrate(&self, vcpu: u32, to: usize, reply: MoveReply) -> Result<(), MoveError> {
+        self.shared.owners.migrate(vcpu, to, self.placement.hosts.len(), reply)
+    }
+
+    /// The node that runs `vcpu` as far as this one knows, and its epoch: the higher, the newer.
+    pub fn owner(&self, vcpu: u32) -> Option<(usize, u64)> {
+        self.shared.owners.owner(vcpu)
+    }
+
+    /// A node is lost: nothing waits for it any more.
+    pub fn lose(&self, node: usize) {
+        self.shared.owners.lose(node);
+    }
+
+    /// Drops the replies of all moves that were asked for here.
+    pub fn forget_moves(&self) {
+        self.shared.owners.forget_moves();
     }
 
     /// Carries out a device access of another node (on node 0); all ones on the others.
@@ -239,7 +269,7 @@ impl Machine {
     /// `(vcpu, root)`. A root may be as old as the vCPU's last exit: see [`Machine::sample_roots`].
     pub fn page_table_roots(&self) -> Vec<(u32, u64)> {
         (0..self.placement.cpus())
-            .filter(|id| self.shared.interrupts.owner(*id) == Some(self.node))
+            .filter(|id| self.shared.owners.runs_here(*id))
             .filter_map(|id| Some((id, self.shared.roots.get(id as usize)?.load(Ordering::Relaxed))))
             .collect()
     }
@@ -259,18 +289,15 @@ impl Machine {
     /// # Errors
     /// When a vCPU is running, or KVM can't tell its state.
     pub fn save(&self) -> Result<MachineState, MachineError> {
-        let list = self
-            .kvm
-            .get_msr_index_list()
-            .map_err(|e| MachineError::kvm("KVM_GET_MSR_INDEX_LIST", "host", e))?;
+        let list = msr_list(&self.kvm)?;
         let count = self.placement.cpus();
-        let vcpus = (0..count).map(|id| self.threads.with_stopped(id, |vcpu| vcpu.save(list.as_slice())));
+        let vcpus = (0..count).map(|id| self.threads.with_stopped(id, |vcpu| vcpu.save(&list)));
         Ok(MachineState {
             version: MachineState::VERSION,
             node: self.node,
             vcpus: vcpus.collect::<Result<_, _>>()?,
-            owners: (0..count).filter_map(|id| self.shared.interrupts.owner(id)).collect(),
-            startup_vectors: self.shared.startup.all(),
+            ownership: self.shared.owners.save()?,
+            startup_vectors: self.shared.owners.startup.all(),
             devices: self.shared.bus.as_ref().map(Bus::save),
         })
     }
@@ -292,26 +319,31 @@ impl Machine {
         if saved.version != MachineState::VERSION {
             return refuse(format!("version {} is not known here", saved.version));
         }
-        if saved.node != self.node || saved.vcpus.len() != count || saved.owners.len() != count {
+        if saved.node != self.node || saved.vcpus.len() != count || saved.ownership.len() != count {
             return refuse(format!(
                 "it is of node {}, with {} vCPUs",
                 saved.node,
                 saved.vcpus.len()
             ));
         }
-        if saved.owners.iter().any(|owner| *owner >= self.placement.hosts.len()) {
-            return refuse("a vCPU's owner is no host of this machine".into());
+        for (ownership, vcpu) in saved.ownership.iter().zip(&saved.vcpus) {
+            if let Err(error) = ownership.check(self.node, self.placement.hosts.len()) {
+                return refuse(error.to_string());
+            }
+            if ownership.runs_here() != (vcpu.role == Role::Owner) {
+                return refuse("a vCPU and who owns it contradict each other".into());
+            }
         }
         match (&self.shared.bus, &saved.devices) {
             (Some(bus), Some(devices)) => bus.restore(devices)?,
             (Some(_), None) => return refuse("the devices are missing".into()),
             (None, _) => {}
         }
-        for (id, (vcpu, owner)) in saved.vcpus.iter().zip(&saved.owners).enumerate() {
+        for (id, vcpu) in saved.vcpus.iter().enumerate() {
             self.threads.with_stopped(id as u32, |v| v.restore(vcpu))?;
-            self.shared.interrupts.set_owner(id as u32, *owner);
         }
-        self.shared.startup.restore(saved.startup_vectors);
+        self.shared.owners.restore(&saved.ownership);
+        self.shared.owners.startup.restore(saved.startup_vectors);
         Ok(())
     }
 
@@ -319,6 +351,12 @@ impl Machine {
     pub fn vm(&self) -> &Arc<kvm_ioctls::VmFd> {
         &self.vm.fd
     }
+}
+
+/// MSRs that KVM lists as state.
+fn msr_list(kvm: &kvm_ioctls::Kvm) -> Result<Vec<u32>, MachineError> {
+    let list = kvm.get_msr_index_list().map_err(|e| MachineError::kvm("KVM_GET_MSR_INDEX_LIST", "host", e))?;
+    Ok(list.as_slice().to_vec())
 }
 
 /// Checks what later code relies on.

@@ -2,16 +2,10 @@
 //! run (Intel SDM vol. 3A, 11.11).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use krg_scheduler::Placement;
-use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
-
-use super::counters::Counters;
-use super::error::MachineError;
-use super::fabric::{Event, Fabric};
+use super::fabric::Event;
 use super::layout::LAPIC_BASE;
+use super::owners::Owners;
 
 /// Whom a message is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,44 +70,12 @@ impl Destination {
 
 /// Raises events on vCPUs: by KVM on those that run here, through the fabric on the others.
 pub struct Interrupts {
-    vm: Arc<VmFd>,
-    node: usize,
-    owners: Vec<AtomicUsize>,
-    fabric: Arc<dyn Fabric>,
-    counters: Arc<Vec<Counters>>,
+    owners: Arc<Owners>,
 }
 
 impl Interrupts {
-    pub(crate) fn new(
-        vm: Arc<VmFd>,
-        node: usize,
-        placement: &Placement,
-        fabric: Arc<dyn Fabric>,
-        counters: Arc<Vec<Counters>>,
-    ) -> Result<Self, MachineError> {
-        let owners = (0..placement.cpus())
-            .map(|vcpu| placement.owner(vcpu).map(AtomicUsize::new))
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| MachineError::Config("vCPU numbers of the placement have gaps".into()))?;
-        Ok(Interrupts {
-            vm,
-            node,
-            owners,
-            fabric,
-            counters,
-        })
-    }
-
-    /// The node that runs `vcpu` as far as this one knows; `None` if there is no such vCPU.
-    pub fn owner(&self, vcpu: u32) -> Option<usize> {
-        self.owners.get(vcpu as usize).map(|o| o.load(Ordering::Acquire))
-    }
-
-    /// Learns that `vcpu` runs on `node` from now on.
-    pub(crate) fn set_owner(&self, vcpu: u32, node: usize) {
-        if let Some(owner) = self.owners.get(vcpu as usize) {
-            owner.store(node, Ordering::Release);
-        }
+    pub(crate) fn new(owners: Arc<Owners>) -> Self {
+        Interrupts { owners }
     }
 
     /// Sends a message as a device would. One that makes no sense is dropped, as hardware does.
@@ -128,7 +90,7 @@ impl Interrupts {
         if let Destination::Physical(id) = message.destination {
             return self.raise(id, message.event);
         }
-        for id in (0..self.owners.len() as u32).filter(|id| message.destination.includes(*id)) {
+        for id in (0..self.owners.count()).filter(|id| message.destination.includes(*id)) {
             self.raise(id, message.event);
             if message.lowest_priority {
                 return;
@@ -138,51 +100,7 @@ impl Interrupts {
 
     /// Raises `event` on `vcpu`, wherever it runs. Unknown numbers are dropped.
     pub fn raise(&self, vcpu: u32, event: Event) {
-        match self.owner(vcpu) {
-            Some(node) if node == self.node => self.raise_here(vcpu, event),
-            Some(_) => self.forward(vcpu, event),
-            None => {}
-        }
-    }
-
-    /// Hands `event` to the node that runs `vcpu`.
-    pub(crate) fn forward(&self, vcpu: u32, event: Event) {
-        if let Some(counters) = self.counters.get(vcpu as usize) {
-            counters.sent.fetch_add(1, Ordering::Relaxed);
-        }
-        self.fabric.interrupt(vcpu, event);
-    }
-
-    /// Raises an event that came from another node. If `vcpu` has moved on meanwhile, it follows.
-    pub fn deliver(&self, vcpu: u32, event: Event) {
-        if let Some(counters) = self.counters.get(vcpu as usize) {
-            counters.received.fetch_add(1, Ordering::Relaxed);
-        }
-        self.raise(vcpu, event);
-    }
-
-    fn raise_here(&self, vcpu: u32, event: Event) {
-        // Delivery mode in bits 10-8; level asserted (bit 14), which INIT needs.
-        let data = match event {
-            Event::Fixed(vector) => 0x4000 | u32::from(vector),
-            Event::Nmi => 0x4400,
-            Event::Init => 0x4500,
-            Event::Sipi(vector) => 0x4600 | u32::from(vector),
-        };
-        // With KVM_X2APIC_API_USE_32BIT_IDS bits 31-8 of the APIC id go to address_hi.
-        let msi = kvm_msi {
-            address_lo: LAPIC_BASE as u32 | (vcpu & 0xff) << 12,
-            address_hi: vcpu & !0xff,
-            data,
-            ..Default::default()
-        };
-        // EPERM: the LAPIC didn't take it, because the guest has switched it off or INIT has. A
-        // real one drops it without a word too.
-        match self.vm.signal_msi(msi) {
-            Ok(_) => {}
-            Err(e) if e.errno() == libc::EPERM => {}
-            Err(e) => tracing::error!("KVM_SIGNAL_MSI (vCPU {vcpu}, {event:?}): {e}"),
-        }
+        self.owners.raise(vcpu, event);
     }
 }
 

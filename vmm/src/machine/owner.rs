@@ -7,6 +7,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::bus::{Bus, is_posted};
 use super::counters::Counters;
 use super::error::{Errno, MachineError};
+use super::gate::Gate;
 use super::fabric::{Access, Direction, End, Fabric, Space};
 use super::vcpu::{Vcpu, fail};
 
@@ -16,21 +17,42 @@ pub(crate) struct OwnerContext<'a> {
     pub bus: Option<&'a Bus>,
     pub fabric: &'a dyn Fabric,
     pub stop: &'a AtomicBool,
+    /// The vCPU is wanted on another node.
+    pub leave: &'a AtomicBool,
+    pub gate: &'a Gate,
     pub counters: &'a Counters,
     /// Where the page-table root is noted.
     pub root: &'a AtomicU64,
 }
 
-/// Runs `vcpu` until it is told to stop, or ends the machine itself.
-pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Option<End>, MachineError> {
+/// Why an owner's loop ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// It was told to stop, or node 0 doesn't answer any more.
+    Stopped,
+    /// The vCPU is wanted on another node. No device access is open.
+    Leave,
+    /// It ended the machine.
+    End(End),
+}
+
+/// Runs `vcpu` until it is told to stop or leave, or ends the machine itself.
+pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Left, MachineError> {
     vcpu.watch_system_registers();
     loop {
         // With immediate_exit set KVM_RUN completes a device access left open, and returns EINTR.
-        if context.stop.load(Ordering::Acquire) {
+        let asked = || match (context.stop.load(Ordering::Acquire), context.leave.load(Ordering::SeqCst)) {
+            (true, _) => Some(Stopped::Asked),
+            (false, leave) => leave.then_some(Stopped::Leave),
+        };
+        if asked().is_some() {
             vcpu.fd.set_kvm_immediate_exit(1);
         }
         let id = vcpu.id;
-        let other = match vcpu.fd.run() {
+        context.gate.enter(id);
+        let exit = vcpu.fd.run();
+        context.gate.leave(id);
+        let other = match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data: *mut [u8] = data;
                 context.ports(&mut vcpu.fd, port, data, false)
@@ -70,7 +92,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Option<
                 libc::EINTR => {
                     Counters::count(&context.counters.kicks);
                     vcpu.fd.set_kvm_immediate_exit(0);
-                    context.stop.load(Ordering::Acquire).then_some(Stopped::Asked)
+                    asked()
                 }
                 // A vCPU that waits for SIPI was woken.
                 libc::EAGAIN => {
@@ -83,12 +105,13 @@ pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Option<
         context.root.store(vcpu.fd.sync_regs_mut().sregs.cr3, Ordering::Relaxed);
         match other {
             None => {}
-            Some(Stopped::Asked) => return Ok(None),
+            Some(Stopped::Asked) => return Ok(Left::Stopped),
+            Some(Stopped::Leave) => return Ok(Left::Leave),
             Some(Stopped::FabricClosed) => {
                 tracing::debug!("vCPU {id}: node 0 doesn't answer any more");
-                return Ok(None);
+                return Ok(Left::Stopped);
             }
-            Some(Stopped::End(end)) => return Ok(Some(end)),
+            Some(Stopped::End(end)) => return Ok(Left::End(end)),
             Some(Stopped::Unexpected(exit)) => return Err(describe(vcpu, format!("KVM_RUN returned {exit}"))),
         }
     }
@@ -97,6 +120,7 @@ pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Option<
 /// Why the loop ends.
 enum Stopped {
     Asked,
+    Leave,
     FabricClosed,
     End(End),
     Unexpected(String),

@@ -26,7 +26,6 @@ use kvm_ioctls::VcpuExit;
 use super::counters::Counters;
 use super::error::{Errno, MachineError};
 use super::fabric::Event;
-use super::msi::Interrupts;
 use super::stub;
 use super::vcpu::{Vcpu, fail};
 
@@ -46,10 +45,9 @@ pub(crate) struct StartupVectors(AtomicU32);
 impl StartupVectors {
     /// Remembers `vector` as the latest of four.
     pub fn learn(&self, vector: u8) {
-        let known = self.0.load(Ordering::Relaxed);
-        if !known.to_le_bytes().contains(&vector) {
-            self.0.store(known << 8 | u32::from(vector), Ordering::Release);
-        }
+        let add = |known: u32| (!known.to_le_bytes().contains(&vector)).then_some(known << 8 | u32::from(vector));
+        // Known already: nothing to add.
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
     }
 
     /// All four, one byte each.
@@ -65,28 +63,42 @@ impl StartupVectors {
 
 /// What a proxy works with.
 pub(crate) struct ProxyContext<'a> {
-    pub interrupts: &'a Interrupts,
+    /// Takes what was pending, in order.
+    pub sink: &'a dyn Fn(Event),
     pub startup: &'a StartupVectors,
     pub stop: &'a AtomicBool,
+    /// The vCPU came here: it is to be restored.
+    pub arrive: &'a dyn Fn() -> bool,
+    /// Set while it has handed on INIT and waits for SIPI.
+    pub awaiting: &'a AtomicBool,
     pub counters: &'a Counters,
 }
 
-/// Runs `vcpu` as a proxy until it is told to stop. What was pending then has been handed on.
-pub(crate) fn run(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<(), MachineError> {
-    let mut proxy = Proxy {
-        vcpu,
-        context,
-        breakpoints: 0,
-    };
-    if proxy.vcpu.awaits_sipi {
-        proxy.single_step()?;
-    } else {
-        proxy.park_all()?;
-    }
+/// Why a proxy's loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// It was told to stop. What was pending has been handed on.
+    Stopped,
+    /// The vCPU came here.
+    Arrive,
+}
+
+/// Runs `vcpu` as a proxy until it is told to stop or the vCPU arrives.
+pub(crate) fn run(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<Left, MachineError> {
+    let mut proxy = Proxy::parked(vcpu, context)?;
     while !context.stop.load(Ordering::Acquire) {
+        if (context.arrive)() {
+            return Ok(Left::Arrive);
+        }
         proxy.wait()?;
     }
-    proxy.finish()
+    proxy.finish()?;
+    Ok(Left::Stopped)
+}
+
+/// Parks `vcpu` and hands on what is pending, until there is a moment when nothing is.
+pub(crate) fn empty(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<(), MachineError> {
+    Proxy::parked(vcpu, context)?.finish()
 }
 
 struct Proxy<'a> {
@@ -108,17 +120,34 @@ enum Outcome {
     Trapped,
 }
 
-impl Proxy<'_> {
+impl<'a> Proxy<'a> {
+    /// Parks `vcpu`, whatever it was before.
+    fn parked(vcpu: &'a mut Vcpu, context: &'a ProxyContext<'a>) -> Result<Self, MachineError> {
+        let mut proxy = Proxy { vcpu, context, breakpoints: 0 };
+        context.awaiting.store(proxy.vcpu.awaits_sipi, Ordering::SeqCst);
+        if proxy.vcpu.awaits_sipi {
+            proxy.single_step()?;
+        } else {
+            proxy.park_all()?;
+        }
+        Ok(proxy)
+    }
+
     /// Blocks until there is something, and hands it on.
     fn wait(&mut self) -> Result<(), MachineError> {
-        match self.enter()? {
-            Outcome::Kicked => Ok(()),
+        let outcome = self.enter()?;
+        match outcome {
             Outcome::Trapped => self.started(),
-            Outcome::Event => match self.vcpu.mp_state()? {
-                KVM_MP_STATE_UNINITIALIZED => self.drain(),
+            // A signal may come together with an event that has changed the MP state already.
+            Outcome::Event | Outcome::Kicked => match self.vcpu.mp_state()? {
+                KVM_MP_STATE_UNINITIALIZED if matches!(outcome, Outcome::Event) => self.drain(),
+                KVM_MP_STATE_UNINITIALIZED => Ok(()),
+                KVM_MP_STATE_INIT_RECEIVED if self.vcpu.awaits_sipi => Ok(()),
                 KVM_MP_STATE_INIT_RECEIVED => self.init_received(),
                 KVM_MP_STATE_RUNNABLE => {
-                    self.send(Event::Init);
+                    if !self.vcpu.awaits_sipi {
+                        self.send(Event::Init);
+                    }
                     self.started()
                 }
                 other => Err(self.lost(format!("MP state {other}"))),
@@ -165,6 +194,7 @@ impl Proxy<'_> {
     fn init_received(&mut self) -> Result<(), MachineError> {
         self.send(Event::Init);
         self.vcpu.awaits_sipi = true;
+        self.context.awaiting.store(true, Ordering::SeqCst);
         self.single_step()
     }
 
@@ -179,20 +209,16 @@ impl Proxy<'_> {
         self.vcpu.enable_lapic()?;
         self.park_all()?;
         self.send(Event::Sipi(vector));
+        self.context.awaiting.store(false, Ordering::SeqCst);
         Ok(())
     }
 
-    /// Hands on what is pending at the end. Every vCPU of this node has stopped by then.
+    /// Hands on what is pending until nothing is. If somebody may still send, that is one moment.
     fn finish(&mut self) -> Result<(), MachineError> {
         loop {
             match self.vcpu.mp_state()? {
-                KVM_MP_STATE_UNINITIALIZED => {
-                    let before = self.context.counters.sent.load(Ordering::Relaxed);
-                    self.drain()?;
-                    if self.context.counters.sent.load(Ordering::Relaxed) == before {
-                        return Ok(());
-                    }
-                }
+                KVM_MP_STATE_UNINITIALIZED if !self.vcpu.has_pending()? => return Ok(()),
+                KVM_MP_STATE_UNINITIALIZED => self.drain()?,
                 KVM_MP_STATE_INIT_RECEIVED if self.vcpu.awaits_sipi => return Ok(()),
                 KVM_MP_STATE_INIT_RECEIVED => self.init_received()?,
                 KVM_MP_STATE_RUNNABLE => {
@@ -225,7 +251,7 @@ impl Proxy<'_> {
     }
 
     fn send(&self, event: Event) {
-        self.context.interrupts.forward(self.vcpu.id, event);
+        (self.context.sink)(event);
     }
 
     /// Parks a proxy whose system registers are still the stubs'.

@@ -1,20 +1,24 @@
 //! Saved form of a node's machine. Taken and restored while its vCPUs are stopped.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
 
 use super::error::MachineError;
 use super::ioapic::IoapicState;
 use super::serial::Com1State;
-use super::vcpu::{Role, Vcpu, fail};
+use super::vcpu::{Role, Vcpu, XSAVE_PAGE, fail};
+use crate::ownership::Ownership;
 
 /// The guest's time-stamp counter; restored through the TSC offset, not as an MSR, as two writes of
 /// it at different moments would set two vCPUs apart.
 const IA32_TSC: u32 = 0x10;
 /// Another view of the same counter; hidden from the guest.
 const IA32_TSC_ADJUST: u32 = 0x3b;
+/// MSRs that KVM takes in one call (MAX_IO_MSRS).
+const MOST_MSRS: usize = 256;
 /// Restored with the system registers.
 const IA32_APIC_BASE: u32 = 0x1b;
 
@@ -44,7 +48,7 @@ pub struct Registers {
     pub regs: kvm_regs,
     /// Segments, control registers, descriptor tables.
     pub sregs: kvm_sregs,
-    /// FPU and vector registers: the XSAVE area in KVM's form, 1024 words.
+    /// FPU and vector registers: the XSAVE area in KVM's form, 1024 words or as many as the host's takes.
     pub xsave: Vec<u32>,
     /// Extended control registers.
     pub xcrs: kvm_xcrs,
@@ -76,8 +80,8 @@ pub struct MachineState {
     pub version: u32,
     /// The node that was saved.
     pub node: usize,
-    /// Owner of each vCPU.
-    pub owners: Vec<usize>,
+    /// Who owns each vCPU, and what is known of the events for it.
+    pub ownership: Vec<Ownership>,
     /// Start-up vectors the guest has used, one byte each, 0 for none.
     pub startup_vectors: u32,
     /// Every vCPU, by number.
@@ -88,7 +92,7 @@ pub struct MachineState {
 
 impl MachineState {
     /// Layout written by this program.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 }
 
 impl VcpuState {
@@ -114,13 +118,13 @@ impl Vcpu {
         })
     }
 
-    fn save_registers(&self, msrs: &[u32]) -> Result<Registers, MachineError> {
+    pub(crate) fn save_registers(&self, msrs: &[u32]) -> Result<Registers, MachineError> {
         let failed = |call| move |e| fail(call, self.id, e);
         // Order: MP state first (in `save`), as reading it takes pending INIT and SIPI.
         Ok(Registers {
             regs: self.regs()?,
             sregs: self.sregs()?,
-            xsave: self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?.region.to_vec(),
+            xsave: self.xsave()?,
             xcrs: self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
             debug: self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
             lapic: self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
@@ -152,41 +156,99 @@ impl Vcpu {
         Ok(())
     }
 
-    fn restore_registers(&self, saved: &Registers) -> Result<(), MachineError> {
+    pub(crate) fn restore_registers(&self, saved: &Registers) -> Result<(), MachineError> {
         let failed = |call| move |e| fail(call, self.id, e);
         self.set_sregs(&saved.sregs)?;
         self.fd.set_xcrs(&saved.xcrs).map_err(failed("KVM_SET_XCRS"))?;
-        let region = saved.xsave.as_slice().try_into().map_err(|_| MachineError::State {
-            object: format!("vCPU {}", self.id),
-            reason: format!("its XSAVE area has {} words instead of 1024", saved.xsave.len()),
-        })?;
-        let xsave = kvm_xsave {
-            region,
-            ..Default::default()
-        };
-        // SAFETY: KVM reads more than the 4096 bytes of a kvm_xsave only if this process has asked
-        // the kernel for dynamic features (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which it never does.
-        unsafe { self.fd.set_xsave(&xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        self.set_xsave(&saved.xsave)?;
         self.set_regs(&saved.regs)?;
         self.fd
             .set_debug_regs(&saved.debug)
             .map_err(failed("KVM_SET_DEBUGREGS"))?;
         // Before the MSRs: the TSC deadline is one of them and needs the timer's mode.
         self.fd.set_lapic(&saved.lapic).map_err(failed("KVM_SET_LAPIC"))?;
-        for (index, value) in saved.msrs.iter().filter(|(index, _)| !is_special(*index)) {
-            // A host may refuse an MSR of a feature the guest doesn't have; its value is 0 then.
-            match self.set_msr(*index, *value) {
-                Err(e) if *value != 0 => return Err(e),
-                _ => {}
-            }
-        }
+        self.write_msrs(&saved.msrs)?;
         self.fd
             .set_vcpu_events(&saved.events)
             .map_err(failed("KVM_SET_VCPU_EVENTS"))
     }
 
+    /// The XSAVE area, in words.
+    fn xsave(&self) -> Result<Vec<u32>, MachineError> {
+        if self.xsave_size == XSAVE_PAGE {
+            let xsave = self.fd.get_xsave().map_err(|e| fail("KVM_GET_XSAVE", self.id, e))?;
+            return Ok(xsave.region.to_vec());
+        }
+        let mut xsave = self.long_xsave()?;
+        // SAFETY: it has room for as many bytes as the VM says the area has, and this process never asks the
+        // kernel for features that would make it longer.
+        unsafe { self.fd.get_xsave2(&mut xsave) }.map_err(|e| fail("KVM_GET_XSAVE2", self.id, e))?;
+        let first = xsave.as_fam_struct_ref().xsave.region;
+        Ok([&first[..], xsave.as_slice()].concat())
+    }
+
+    /// Sets the XSAVE area; one of another host may be shorter than this host's.
+    fn set_xsave(&self, words: &[u32]) -> Result<(), MachineError> {
+        let page = XSAVE_PAGE / 4;
+        if words.len() < page || words.len() * 4 > self.xsave_size {
+            return Err(MachineError::State {
+                object: format!("vCPU {}", self.id),
+                reason: format!("its XSAVE area has {} words; this host's has {}", words.len(), self.xsave_size / 4),
+            });
+        }
+        let mut region = [0; XSAVE_PAGE / 4];
+        region.copy_from_slice(&words[..page]);
+        if self.xsave_size == XSAVE_PAGE {
+            let xsave = kvm_xsave { region, ..Default::default() };
+            // SAFETY: KVM reads more than the 4096 bytes of a kvm_xsave only if the VM says that its area is
+            // longer, which was asked when the vCPU was made, or if this process has asked the kernel for dynamic
+            // features (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which it never does.
+            return unsafe { self.fd.set_xsave(&xsave) }.map_err(|e| fail("KVM_SET_XSAVE", self.id, e));
+        }
+        let mut xsave = self.long_xsave()?;
+        // SAFETY: the words are plain data, and the length stays.
+        unsafe { xsave.as_mut_fam_struct() }.xsave.region = region;
+        xsave.as_mut_slice()[..words.len() - page].copy_from_slice(&words[page..]);
+        // SAFETY: as in `xsave`.
+        unsafe { self.fd.set_xsave2(&xsave) }.map_err(|e| fail("KVM_SET_XSAVE", self.id, e))
+    }
+
+    fn long_xsave(&self) -> Result<Xsave, MachineError> {
+        Xsave::new((self.xsave_size - XSAVE_PAGE).div_ceil(4)).map_err(|_| MachineError::State {
+            object: format!("vCPU {}", self.id),
+            reason: format!("an XSAVE area of {} bytes can't be had", self.xsave_size),
+        })
+    }
+
+    /// Writes MSRs, but for those that are restored in another way.
+    fn write_msrs(&self, values: &[(u32, u64)]) -> Result<(), MachineError> {
+        let entry = |(index, data): &(u32, u64)| kvm_msr_entry { index: *index, data: *data, ..Default::default() };
+        let entries: Vec<_> = values.iter().filter(|(index, _)| !is_special(*index)).map(entry).collect();
+        let mut rest = entries.as_slice();
+        while !rest.is_empty() {
+            let some = &rest[..rest.len().min(MOST_MSRS)];
+            let msrs = Msrs::from_entries(some).map_err(|_| MachineError::State {
+                object: format!("vCPU {}", self.id),
+                reason: format!("{} MSRs are more than KVM takes", some.len()),
+            })?;
+            let written = self.fd.set_msrs(&msrs).map_err(|e| fail("KVM_SET_MSRS", self.id, e))?;
+            rest = rest.get(written..).unwrap_or_default();
+            let Some(refused) = rest.first().filter(|_| written < some.len()) else { continue };
+            // A host may refuse an MSR of a feature the guest doesn't have, and some that can't be changed.
+            let same = || self.read_msrs(&[refused.index]).is_ok_and(|now| now.first() == Some(&(refused.index, refused.data)));
+            if refused.data != 0 && !same() {
+                return Err(MachineError::State {
+                    object: format!("vCPU {}", self.id),
+                    reason: format!("MSR {:#x} can't be {:#x} on this host", refused.index, refused.data),
+                });
+            }
+            rest = &rest[1..];
+        }
+        Ok(())
+    }
+
     /// Reads those of `indices` that can be read.
-    fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, MachineError> {
+    pub(crate) fn read_msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, MachineError> {
         let mut values = Vec::new();
         let mut rest = indices;
         while !rest.is_empty() {

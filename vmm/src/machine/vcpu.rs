@@ -3,9 +3,9 @@
 
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
-use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, SyncReg, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -32,11 +32,26 @@ const SVR_ENABLED: u64 = 0x1ff;
 /// x2APIC EOI register.
 const X2APIC_EOI: u32 = 0x80b;
 
+/// Bytes of an XSAVE area as KVM_GET_XSAVE and KVM_SET_XSAVE take it.
+pub(crate) const XSAVE_PAGE: usize = 4096;
+
+/// Interrupt request registers in KVM's form of a LAPIC.
+pub(crate) const LAPIC_IRR: usize = 0x200;
+pub(crate) const LAPIC_IRR_END: usize = 0x280;
+
 /// KVM_VCPU_TSC_CTRL and its attribute KVM_VCPU_TSC_OFFSET.
 const TSC_CONTROL: u32 = 0;
 const TSC_OFFSET: u64 = 0;
 
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xAE, 0xe1, kvm_device_attr);
+vmm_sys_util::ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, 0xAE, 0x8b, kvm_signal_mask);
+
+/// A kvm_signal_mask with the kernel's signal set behind it.
+#[repr(C)]
+struct SignalMask {
+    len: u32,
+    set: [u32; 2],
+}
 
 /// A vCPU of this node's VM.
 pub(crate) struct Vcpu {
@@ -45,6 +60,8 @@ pub(crate) struct Vcpu {
     pub fd: VcpuFd,
     /// A proxy that took INIT and not yet the SIPI after it.
     pub awaits_sipi: bool,
+    /// Bytes of this host's XSAVE area.
+    pub xsave_size: usize,
 }
 
 impl Vcpu {
@@ -57,17 +74,14 @@ impl Vcpu {
             role,
             fd,
             awaits_sipi: false,
+            // 0 where KVM has no KVM_GET_XSAVE2: then it is a page at most.
+            xsave_size: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_PAGE),
         };
         let cpuid = CpuId::from_entries(cpuid)
             .map_err(|_| MachineError::Cpuid(format!("{} leaves are more than KVM takes", cpuid.len())))?;
         vcpu.fd.set_cpuid2(&cpuid).map_err(|e| fail("KVM_SET_CPUID2", id, e))?;
         // A proxy is no boot processor, even of vCPU 0: INIT would not make it wait for SIPI.
-        let bsp = if id == 0 && role == Role::Owner {
-            APIC_BASE_BSP
-        } else {
-            0
-        };
-        vcpu.set_msr(IA32_APIC_BASE, LAPIC_BASE | APIC_BASE_X2APIC | bsp)?;
+        vcpu.set_apic_base(id == 0 && role == Role::Owner)?;
         vcpu.enable_lapic()?;
         let runnable = id == 0 && role == Role::Owner;
         vcpu.set_mp_state(if runnable {
@@ -83,6 +97,12 @@ impl Vcpu {
         self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
     }
 
+    /// Puts the LAPIC into x2APIC mode, as a boot processor's or not.
+    pub fn set_apic_base(&self, boot_processor: bool) -> Result<(), MachineError> {
+        let bsp = if boot_processor { APIC_BASE_BSP } else { 0 };
+        self.set_msr(IA32_APIC_BASE, LAPIC_BASE | APIC_BASE_X2APIC | bsp)
+    }
+
     /// Switches the LAPIC on by software: INIT leaves it off, and then it drops what arrives.
     pub fn enable_lapic(&self) -> Result<(), MachineError> {
         self.set_msr(X2APIC_SVR, SVR_ENABLED)
@@ -91,6 +111,14 @@ impl Vcpu {
     /// Ends the interrupt in service, as the guest's own write to the EOI register does.
     pub fn end_of_interrupt(&self) -> Result<(), MachineError> {
         self.set_msr(X2APIC_EOI, 0)
+    }
+
+    /// Whether an interrupt or NMI is pending.
+    pub fn has_pending(&self) -> Result<bool, MachineError> {
+        let lapic = self.fd.get_lapic().map_err(|e| fail("KVM_GET_LAPIC", self.id, e))?;
+        let requested = lapic.regs[LAPIC_IRR..LAPIC_IRR_END].iter().any(|byte| *byte != 0);
+        let events = || self.fd.get_vcpu_events().map_err(|e| fail("KVM_GET_VCPU_EVENTS", self.id, e));
+        Ok(requested || events()?.nmi.pending != 0)
     }
 
     pub fn set_msr(&self, index: u32, data: u64) -> Result<(), MachineError> {
@@ -154,6 +182,18 @@ impl Vcpu {
                 "TSC of this host is {host} kHz, node 0's {khz} kHz, and this CPU can't scale ({e}); use hosts of one clock"
             ))
         })
+    }
+
+    /// Signals blocked while KVM_RUN runs, as bits; `None`: the thread's own.
+    pub fn signal_mask(&self, blocked: Option<u64>) -> Result<(), MachineError> {
+        let mask = SignalMask { len: 8, set: [blocked.unwrap_or(0) as u32, (blocked.unwrap_or(0) >> 32) as u32] };
+        let pointer = if blocked.is_some() { &raw const mask } else { std::ptr::null() };
+        // SAFETY: KVM_SET_SIGNAL_MASK reads the length and as many bytes behind it, which `mask` has and which
+        // live until the call returns; null is allowed.
+        match unsafe { vmm_sys_util::ioctl::ioctl_with_ptr(&self.fd, KVM_SET_SIGNAL_MASK(), pointer) } {
+            0 => Ok(()),
+            _ => Err(MachineError::last_os("KVM_SET_SIGNAL_MASK")),
+        }
     }
 
     /// Sets what is added to the host's (scaled) TSC, modulo 2^64.

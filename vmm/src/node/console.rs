@@ -70,6 +70,7 @@ mod tests {
             self.0.lock().unwrap().extend(bytes);
         }
         fn event(&self, _: &str, _: serde_json::Value) {}
+        fn moved(&self, _: u64, _: crate::node::MoveAnswer) {}
     }
 
     #[test]

@@ -9,7 +9,8 @@ use krg_dsm::node::{Client, Dsm, DsmError};
 
 use super::Happening;
 use super::wire::Wire;
-use crate::machine::{Access, Direction, Event, Fabric, Machine};
+use crate::machine::{Access, Direction, Fabric, Machine};
+use crate::ownership::Message;
 
 /// Node that has the devices.
 const DEVICES: usize = 0;
@@ -18,8 +19,6 @@ const DEVICES: usize = 0;
 pub(super) struct Cluster {
     dsm: OnceLock<Weak<Dsm>>,
     machine: OnceLock<Weak<Machine>>,
-    /// Where each vCPU runs.
-    owners: Vec<usize>,
     happenings: Sender<Happening>,
     /// Accesses under way, by number.
     asked: Mutex<HashMap<u64, SyncSender<u64>>>,
@@ -28,11 +27,10 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    pub(super) fn new(owners: Vec<usize>, happenings: Sender<Happening>) -> Arc<Self> {
+    pub(super) fn new(happenings: Sender<Happening>) -> Arc<Self> {
         Arc::new(Cluster {
             dsm: OnceLock::new(),
             machine: OnceLock::new(),
-            owners,
             happenings,
             asked: Mutex::default(),
             next: AtomicU64::new(1),
@@ -53,7 +51,7 @@ impl Cluster {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    fn send(&self, to: usize, message: Wire) {
+    fn send_wire(&self, to: usize, message: Wire) {
         if let Some(dsm) = self.dsm.get().and_then(Weak::upgrade) {
             dsm.send(to, message.encode());
         }
@@ -61,15 +59,17 @@ impl Cluster {
 }
 
 impl Fabric for Cluster {
-    fn interrupt(&self, vcpu: u32, event: Event) {
-        if let Some(&owner) = self.owners.get(vcpu as usize) {
-            self.send(owner, Wire::Interrupt { vcpu, event });
-        }
+    fn send(&self, to: usize, vcpu: u32, message: Message) {
+        self.send_wire(to, Wire::Vcpu { vcpu, message });
+    }
+
+    fn arrived(&self, vcpu: u32, epoch: u64) {
+        let _ = self.happenings.send(Happening::Arrived { vcpu, epoch });
     }
 
     fn io(&self, access: Access) -> Option<u64> {
         if matches!(access.direction, Direction::Posted(_)) {
-            self.send(DEVICES, Wire::Access { id: 0, access });
+            self.send_wire(DEVICES, Wire::Access { id: 0, access });
             return (!self.closed.load(Ordering::SeqCst)).then_some(0);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -82,7 +82,7 @@ impl Fabric for Cluster {
             }
             asked.insert(id, answer);
         }
-        self.send(DEVICES, Wire::Access { id, access });
+        self.send_wire(DEVICES, Wire::Access { id, access });
         answered.recv().ok()
     }
 }
@@ -91,11 +91,11 @@ impl Client for Cluster {
     fn machine(&self, from: usize, bytes: &[u8]) {
         let Some(machine) = self.machine.get().and_then(Weak::upgrade) else { return };
         match Wire::decode(bytes) {
-            Some(Wire::Interrupt { vcpu, event }) => machine.deliver(vcpu, event),
+            Some(Wire::Vcpu { vcpu, message }) => machine.receive(from, vcpu, message),
             Some(Wire::Access { id, access }) => {
                 let value = machine.serve(access);
                 if !matches!(access.direction, Direction::Posted(_)) {
-                    self.send(from, Wire::Answer { id, value });
+                    self.send_wire(from, Wire::Answer { id, value });
                 }
             }
             Some(Wire::Answer { id, value }) => {
@@ -130,7 +130,7 @@ impl Client for Cluster {
 pub(super) struct Alone;
 
 impl Fabric for Alone {
-    fn interrupt(&self, _: u32, _: Event) {}
+    fn send(&self, _: usize, _: u32, _: Message) {}
 
     fn io(&self, _: Access) -> Option<u64> {
         None

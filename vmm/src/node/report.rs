@@ -23,6 +23,12 @@ pub(super) fn type_in(machine: &Machine, bytes: &[u8]) {
     tracing::warn!("the guest doesn't read its console: {} typed bytes dropped", rest.len());
 }
 
+/// Tells that a vCPU came to run on this node.
+pub(super) fn arrived(spec: &NodeSpec, vcpu: u32, epoch: u64, output: &Arc<dyn NodeOutput>) {
+    tracing::info!(vcpu, epoch, "a vCPU came");
+    output.event("", json!({"event": "migrated", "node": spec.node, "vcpu": vcpu, "epoch": epoch}));
+}
+
 /// Contended pages that are told.
 const HOT_PAGES: usize = 16;
 
@@ -40,17 +46,20 @@ pub(super) fn statistics(spec: &NodeSpec, machine: &Machine, dsm: &Dsm, output: 
 }
 
 fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -> (String, Value) {
-    let own = spec.placement.hosts.get(spec.node).map(|h| h.vcpus.as_slice()).unwrap_or_default();
     let all = (0..spec.placement.cpus()).filter_map(|v| machine.statistics(v));
     let (mut sent, mut received) = (0, 0);
     for s in all {
         sent += s.sent;
         received += s.received;
     }
-    let exits: u64 = own.iter().filter_map(|v| machine.statistics(*v)).map(|s| s.exits()).sum();
+    let (exits, arrivals) = (0..spec.placement.cpus())
+        .filter_map(|v| machine.statistics(v))
+        .fold((0, 0), |(exits, arrivals), s| (exits + s.exits(), arrivals + s.arrivals));
+    let own: Vec<u32> = (0..spec.placement.cpus()).filter(|v| machine.owner(*v).is_some_and(|o| o.0 == spec.node)).collect();
     let name = spec.host_names.get(spec.node).map(String::as_str).unwrap_or("this host");
     let mut line = format!("node {} ({name}): {exits} vCPU exits, remote interrupts {sent} out {received} in", spec.node);
-    let mut figures = json!({"event": event, "node": spec.node, "host": name, "vcpu_exits": exits,
+    let mut figures = json!({"event": event, "node": spec.node, "host": name, "vcpu_exits": exits, "vcpus": own,
+        "vcpu_arrivals": arrivals,
         "remote_interrupts_out": sent, "remote_interrupts_in": received});
     if let Some((c, replicas)) = dsm.and_then(Dsm::counters) {
         let (mut messages, mut bytes) = (0, 0);

@@ -21,7 +21,7 @@ use serde_json::json;
 use super::console::Console;
 use super::fabric::Cluster;
 use super::{
-    Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, NodeTransport, PageTables, boot, devices, end_of, forward, report, tsc,
+    Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, NodeTransport, PageTables, boot, devices, end_of, forward, migrate, report, tsc,
 };
 use crate::cluster::offer;
 use crate::machine::layout::ram_ranges;
@@ -92,8 +92,7 @@ pub(super) fn run(
     };
     let (happen, happenings) = channel();
     let (ends, ended) = channel();
-    let owners = (0..spec.placement.cpus()).map(|v| spec.placement.owner(v).unwrap_or(0)).collect();
-    let cluster = Cluster::new(owners, happen.clone());
+    let cluster = Cluster::new(happen.clone());
     let config = MachineConfig {
         placement: spec.placement.clone(),
         node: spec.node,
@@ -314,9 +313,18 @@ impl Node<'_> {
                 report::type_in(&self.machine, &bytes);
                 None
             }
+            Happening::Input(NodeInput::Migrate { id, vcpu, node }) => {
+                migrate(&self.machine, id, vcpu, node, self.output);
+                None
+            }
             Happening::Input(NodeInput::Stop(why)) => Some(NodeEnd::Stopped(why)),
+            Happening::Arrived { vcpu, epoch } => {
+                report::arrived(self.spec, vcpu, epoch, self.output);
+                None
+            }
             Happening::Machine(end) => Some(end_of(end)),
             Happening::Dsm(DsmError::Peer(PeerEvent::Lost { peer, .. } | PeerEvent::Malformed { peer, .. })) => {
+                self.machine.lose(peer);
                 Some(NodeEnd::PeerLost(peer))
             }
             Happening::Dsm(error) => Some(NodeEnd::Failed(error.to_string())),
@@ -358,6 +366,7 @@ impl Node<'_> {
             pci.0.request_stop();
         }
         cluster.close();
+        self.machine.forget_moves();
         let machine = &self.machine;
         std::thread::scope(|scope| {
             scope.spawn(|| machine.stop());

@@ -7,7 +7,7 @@ use krg_dsm::memory::GuestRam;
 
 use super::console::Console;
 use super::fabric::Alone;
-use super::{Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, report};
+use super::{Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, migrate, report};
 use crate::machine::layout::ram_ranges;
 use crate::machine::{Machine, MachineConfig};
 
@@ -36,6 +36,7 @@ pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn 
     let end = loop {
         match happenings.recv() {
             Ok(Happening::Input(NodeInput::Console(bytes))) => report::type_in(&machine, &bytes),
+            Ok(Happening::Input(NodeInput::Migrate { id, vcpu, node })) => migrate(&machine, id, vcpu, node, output),
             Ok(Happening::Input(NodeInput::Stop(why))) => break NodeEnd::Stopped(why),
             Ok(Happening::Machine(end)) => break end_of(end),
             Ok(_) => {}

@@ -1,5 +1,6 @@
 //! Interrupts between vCPUs of different nodes, ordered among the messages of the shared memory.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use krg_guest_kernel::micro::MicroError;
@@ -8,10 +9,11 @@ use krg_guest_kernel::micro::code_asm::{
 };
 use krg_vmm::machine::boot::{self, Entry};
 use krg_vmm::machine::{End, Event};
+use krg_vmm::ownership::Outcome;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::guest;
-use super::nodes::{Nodes, Plan};
+use super::nodes::{Nodes, Plan, migrate};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const BOOT_CODE: u64 = 0x8_0000;
@@ -62,11 +64,11 @@ fn run(nodes: &Nodes) {
     assert_eq!(nodes.failures.try_iter().collect::<Vec<_>>(), Vec::<String>::new());
 }
 
-/// INIT, SIPI, a thousand interrupts there and back in lock step, NMI.
-#[test]
-fn two_nodes_exchange_a_thousand_interrupts() {
-    const CYCLES: u32 = 5;
-    const ROUNDS: u32 = 200;
+const CYCLES: u32 = 5;
+const ROUNDS: u32 = 200;
+
+/// INIT, SIPI, interrupts there and back in lock step, NMI; a few times.
+fn exchange() -> Nodes {
     let nodes = Nodes::new(plan(2, 2), |memory| {
         boot::write_tables(memory).unwrap();
         let pieces = [
@@ -84,7 +86,11 @@ fn two_nodes_exchange_a_thousand_interrupts() {
         put_gate(memory, 0x50, HANDLERS);
         put(memory, &[CYCLES, ROUNDS].map(u32::to_le_bytes).concat(), 0x620);
     });
-    run(&nodes);
+    nodes
+}
+
+/// Everything happened as often as it should have.
+fn assert_exchanged(nodes: &Nodes) {
     let counts = [nodes.word(STARTED), nodes.word(0x608)]
         .map(|two| [two as u32, (two >> 32) as u32])
         .concat();
@@ -94,6 +100,13 @@ fn two_nodes_exchange_a_thousand_interrupts() {
         "started, asked, answered, NMIs"
     );
     assert_eq!(nodes.word(0x628) as u32, 0, "interrupts nobody sent");
+}
+
+#[test]
+fn two_nodes_exchange_a_thousand_interrupts() {
+    let nodes = exchange();
+    run(&nodes);
+    assert_exchanged(&nodes);
     let mut expected = Vec::new();
     for _ in 0..CYCLES {
         expected.extend([(1, Event::Init), (1, Event::Sipi(8))]);
@@ -103,6 +116,35 @@ fn two_nodes_exchange_a_thousand_interrupts() {
     assert_eq!(nodes.sent(0), expected);
     assert_eq!(nodes.sent(1), vec![(0, Event::Fixed(0x50)); (CYCLES * ROUNDS) as usize]);
     println!("exchange: {} page transfers", nodes.transfers());
+}
+
+/// The same while vCPU 1 moves all the time: before it is started, while it runs and halts. Between INIT and
+/// SIPI it can't.
+#[test]
+fn vcpus_are_started_and_interrupted_wherever_they_are() {
+    let nodes = exchange();
+    let machines = nodes.machines();
+    let (stop, moved) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        let (stop, moved) = (&stop, &moved);
+        let machines = &machines;
+        scope.spawn(move || {
+            for round in 0.. {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                let outcome = migrate(&machines[round % 2], 1, (round / 2) % 2);
+                assert!(outcome.is_ok() || stop.load(Ordering::SeqCst), "{outcome:?}");
+                moved.fetch_add(u32::from(matches!(outcome, Ok(Outcome::Moved { .. }))), Ordering::SeqCst);
+                std::thread::sleep(Duration::from_micros(500 * (round as u64 % 7)));
+            }
+        });
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&nodes)));
+        stop.store(true, Ordering::SeqCst);
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    assert_exchanged(&nodes);
+    println!("exchange: {} moves, {} page transfers", moved.load(Ordering::SeqCst), nodes.transfers());
 }
 
 /// Vectors of one sender, the highest first: a LAPIC takes them in that order.

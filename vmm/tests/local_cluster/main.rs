@@ -6,6 +6,7 @@ mod guest;
 mod interrupts;
 mod kernel;
 mod litmus;
+mod migration;
 mod nodes;
 mod program;
 mod tables;

@@ -2,7 +2,7 @@
 //! hosts have.
 
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -13,7 +13,11 @@ use krg_dsm::protocol::{Bug, Counters};
 use krg_dsm::transport::{Config, TcpTransport, Transport};
 use krg_guest_kernel::micro::{InitialRegs, PORT_DONE, PORT_FAULT, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
+use krg_vmm::machine::boot::Entry;
+use krg_vmm::machine::state::Registers;
 use krg_vmm::machine::{Access, Direction, End, Event, Fabric, Machine, MachineConfig, Space};
+use krg_vmm::node::wire::Wire;
+use krg_vmm::ownership::{Message, Outcome};
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -21,6 +25,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 pub const MEMORY: u64 = 48 << 20;
 /// What node 0 may write before the start: `0..LOADED`.
 pub const LOADED: u64 = 1 << 20;
+
+/// Port of the reset control register.
+const RESET: u64 = 0xcf9;
 
 /// Several machines at a time would only wait for each other's processors.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -42,19 +49,25 @@ pub struct Plan {
 /// Joins one node's machine and shared memory.
 struct Link {
     me: usize,
-    owners: Vec<usize>,
     dsm: OnceLock<Weak<Dsm>>,
     machine: OnceLock<Weak<Machine>>,
     sent: Mutex<Vec<(u32, Event)>>,
+    /// Bytes of the largest vCPU state that left.
+    largest: AtomicUsize,
     stopping: AtomicBool,
+    ends: Mutex<Sender<End>>,
     failed: Sender<String>,
 }
 
 impl Fabric for Link {
-    fn interrupt(&self, vcpu: u32, event: Event) {
-        self.sent.lock().unwrap().push((vcpu, event));
+    fn send(&self, to: usize, vcpu: u32, message: Message) {
+        match &message {
+            Message::Event { event, .. } if event.origin == self.me => self.sent.lock().unwrap().push((vcpu, event.event)),
+            Message::State(handover) => drop(self.largest.fetch_max(handover.state.len(), Ordering::Relaxed)),
+            _ => {}
+        }
         if let Some(dsm) = self.dsm.get().and_then(Weak::upgrade) {
-            dsm.send(self.owners[vcpu as usize], serde_json::to_vec(&(vcpu, event)).unwrap());
+            dsm.send(to, Wire::Vcpu { vcpu, message }.encode());
         }
     }
 
@@ -65,6 +78,9 @@ impl Fabric for Link {
             Direction::Write(_) if port(PORT_YIELD) => std::thread::yield_now(),
             Direction::Write(_) if port(PORT_DONE) => std::thread::sleep(Duration::from_millis(1)),
             _ if self.stopping.load(Ordering::SeqCst) => {}
+            Direction::Write(6) if access.space == Space::Port && access.address == RESET => {
+                let _ = self.ends.lock().unwrap().send(End::Reset);
+            }
             Direction::Write(vector) if port(PORT_FAULT) => {
                 let _ = self
                     .failed
@@ -82,10 +98,10 @@ impl Fabric for Link {
 }
 
 impl Client for Link {
-    fn machine(&self, _: usize, bytes: &[u8]) {
-        let (vcpu, event): (u32, Event) = serde_json::from_slice(bytes).unwrap();
+    fn machine(&self, from: usize, bytes: &[u8]) {
+        let Some(Wire::Vcpu { vcpu, message }) = Wire::decode(bytes) else { panic!("{bytes:?}") };
         if let Some(machine) = self.machine.get().and_then(Weak::upgrade) {
-            machine.deliver(vcpu, event);
+            machine.receive(from, vcpu, message);
         }
     }
 
@@ -147,11 +163,12 @@ impl Nodes {
             let ram = Arc::new(GuestRam::new(&[(0, MEMORY)], true).unwrap());
             let link = Arc::new(Link {
                 me,
-                owners: owners.clone(),
                 dsm: OnceLock::new(),
                 machine: OnceLock::new(),
                 sent: Mutex::default(),
+                largest: AtomicUsize::new(0),
                 stopping: AtomicBool::new(false),
+                ends: Mutex::new(end.clone()),
                 failed: failed.clone(),
             });
             let config = MachineConfig {
@@ -217,6 +234,52 @@ impl Nodes {
             node.machine.restore(&state).unwrap();
         }
         self.run();
+    }
+
+    /// Starts every vCPU at once in 64-bit kernel mode at `entry`; `differ` makes them differ.
+    pub fn run_all(&self, entry: &Entry, differ: impl Fn(u32, &mut Registers)) {
+        let first = &self.nodes[self.owners[0]].machine;
+        first.set_entry(entry).unwrap();
+        let model = first.save().unwrap().vcpus.remove(0).registers.unwrap();
+        for (number, node) in self.nodes.iter().enumerate() {
+            let mut state = node.machine.save().unwrap();
+            for vcpu in state.vcpus.iter_mut().filter(|v| self.owners[v.id as usize] == number) {
+                let registers = vcpu.registers.as_mut().unwrap();
+                let apic_base = registers.sregs.apic_base;
+                (registers.regs, registers.sregs) = (model.regs, model.sregs);
+                registers.sregs.apic_base = apic_base;
+                differ(vcpu.id, registers);
+                vcpu.mp_state = KVM_MP_STATE_RUNNABLE;
+            }
+            node.machine.restore(&state).unwrap();
+        }
+        self.run();
+    }
+
+    /// Sets the guest's TSC on all nodes, which have one clock here.
+    pub fn set_tsc_offset(&self, offset: u64) {
+        self.nodes.iter().for_each(|node| node.machine.set_tsc_offset(offset).unwrap());
+    }
+
+    /// Every node's machine.
+    pub fn machines(&self) -> Vec<Arc<Machine>> {
+        self.nodes.iter().map(|node| node.machine.clone()).collect()
+    }
+
+    /// Bytes of the largest state of a vCPU that was sent.
+    pub fn largest_state(&self) -> usize {
+        self.nodes.iter().map(|node| node.link.largest.load(Ordering::Relaxed)).max().unwrap_or(0)
+    }
+
+    /// The 32-bit word at a guest-physical address, as node 0 sees it now.
+    pub fn dword(&self, address: u64) -> u32 {
+        (self.word(address & !7) >> (8 * (address & 4))) as u32
+    }
+
+    /// Writes the 64-bit word at a guest-physical address, as a device of node 0 would.
+    pub fn store(&self, address: u64, value: u64) {
+        let page = &self.nodes[0].dsm.ram().words((address >> 12) as u32).unwrap();
+        page[(address & 0xfff) as usize / 8].store(value, Ordering::SeqCst);
     }
 
     /// Starts all nodes, node 0 last: its vCPU 0 starts the others.
@@ -312,6 +375,16 @@ impl Drop for Nodes {
         self.nodes.iter().for_each(|node| node.dsm.stop());
         self.nodes.iter().for_each(|node| node.transport.shutdown());
     }
+}
+
+/// Asks a node to move a vCPU, and waits for the outcome.
+pub fn migrate(asked: &Machine, vcpu: u32, to: usize) -> Result<Outcome, String> {
+    let (reply, outcome) = channel();
+    let reply = Box::new(move |outcome| {
+        let _ = reply.send(outcome);
+    });
+    asked.migrate(vcpu, to, reply).map_err(|error| error.to_string())?;
+    outcome.recv_timeout(Duration::from_secs(30)).map_err(|error| error.to_string())
 }
 
 /// A full mesh of loopback connections: `streams[i][j]` is node i's end to node j.

@@ -1,8 +1,9 @@
 //! The program itself, with two node processes on this machine, booting the kernel of [`super::kernel`].
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::kernel;
@@ -42,7 +44,7 @@ impl Program {
             command.args(["--nodes", "hosts.txt"]);
         }
         let mut child = command
-            .args(["--kernel", "kernel", "--cpus", "2", "--memory", memory])
+            .args(["--kernel", "kernel", "--cpus", "2", "--memory", memory, "--api", "api"])
             .current_dir(place.as_path())
             .env("HOME", place.as_path())
             .stdin(Stdio::piped())
@@ -76,6 +78,11 @@ impl Program {
                 Err(error) => panic!("{error}: the console showed {:?}", self.said),
             }
         }
+    }
+
+    /// Asks on the control socket, once it is there.
+    fn ask(&self, request: &str) -> Value {
+        ask(self.place.as_path(), request).unwrap()
     }
 
     /// The node that was told to listen at `address`.
@@ -121,6 +128,15 @@ impl Program {
     }
 }
 
+/// Asks the front end in `place` on its control socket; `None`: it is gone.
+fn ask(place: &Path, request: &str) -> Option<Value> {
+    let mut socket = UnixStream::connect(place.join("api")).ok()?;
+    socket.write_all(format!("{request}\n").as_bytes()).ok()?;
+    let mut answer = String::new();
+    BufReader::new(socket).read_line(&mut answer).ok()?;
+    serde_json::from_str(&answer).ok()
+}
+
 /// Processes that work in `place`: a front end's own and its nodes'.
 fn processes(place: &Path) -> Vec<i32> {
     let all = fs::read_dir("/proc").unwrap().flatten();
@@ -157,6 +173,83 @@ fn one_host_counts_and_powers_off() {
 #[test]
 fn two_hosts_count_and_power_off() {
     counts_and_powers_off(Some("127.0.0.1\n127.0.0.1\n"), "256M");
+}
+
+/// Both vCPUs change nodes again and again while they count, the one that prints and powers off ends away from
+/// the devices, and what can't be done is refused, by distinct errors.
+#[test]
+fn vcpus_move_as_asked_over_the_control_socket() {
+    const COUNT: u32 = 500_000;
+    let mut program = Program::start(&kernel::elf(COUNT), Some("127.0.0.1\n127.0.0.1\n"), "256M");
+    program.wait_for(kernel::HELLO);
+    let migrate = |vcpu: &str, node: &str| program.ask(&format!(r#"{{"cmd":"migrate","vcpu":{vcpu},"node":{node}}}"#));
+    let vcpus = || {
+        let status = program.ask(r#"{"cmd":"status"}"#);
+        [0, 1].map(|node| status["status"]["nodes"][node]["vcpus"].clone())
+    };
+    assert_eq!(vcpus(), [json!([0]), json!([1])]);
+    for (vcpu, node, errno) in [
+        ("0", "99", "EINVAL"),
+        ("0", "-1", "EINVAL"),
+        ("0", "\"abc\"", "EINVAL"),
+        ("2", "1", "ESRCH"),
+        ("-1", "1", "ESRCH"),
+        ("\"abc\"", "1", "ESRCH"),
+    ] {
+        let answer = migrate(vcpu, node);
+        assert_eq!((&answer["ok"], &answer["errno"]), (&json!(false), &json!(errno)), "{answer}");
+    }
+    let stays = migrate("1", "1");
+    assert_eq!((&stays["ok"], &stays["moved"]), (&json!(true), &json!(false)), "{stays}");
+    for round in 0..25 {
+        for (vcpu, node) in [("0", round + 1), ("1", round)] {
+            let answer = migrate(vcpu, &(node % 2).to_string());
+            assert_eq!((&answer["ok"], &answer["moved"]), (&json!(true), &json!(true)), "{answer}");
+        }
+    }
+    assert_eq!(vcpus(), [json!([1]), json!([0])]);
+    assert_eq!(migrate("1", "1")["moved"], json!(true));
+    assert_eq!(vcpus(), [json!([]), json!([0, 1])]);
+    let ended = program.end();
+    assert_eq!(ended.status, Some(0), "{}", ended.message);
+    assert!(ended.console.contains(&kernel::line(COUNT)), "{:?} {}", ended.console, ended.message);
+}
+
+/// Each node is killed once while both vCPUs go from one to the other all the time: nobody waits for ever.
+#[test]
+fn a_node_killed_while_vcpus_move_ends_the_machine_and_is_named() {
+    for victim in [1, 0] {
+        let hosts = two_hosts();
+        let mut program = Program::start(&kernel::elf(u32::MAX), Some(&format!("{}\n{}\n", hosts[0], hosts[1])), "256M");
+        program.wait_for(kernel::HELLO);
+        let place = program.place.as_path().to_owned();
+        let movers: Vec<_> = (0..2)
+            .map(|vcpu| {
+                let place = place.clone();
+                thread::spawn(move || {
+                    // The last request is answered, too, or the socket closed.
+                    let mut moved = 0;
+                    loop {
+                        let request = format!(r#"{{"cmd":"migrate","vcpu":{vcpu},"node":{}}}"#, moved % 2);
+                        match ask(&place, &request) {
+                            Some(answer) if answer["ok"] == true => moved += 1,
+                            Some(answer) if answer["errno"] == "EAGAIN" => {}
+                            _ => return moved,
+                        }
+                    }
+                })
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(300));
+        kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();
+        let ended = program.end();
+        assert_eq!(ended.status, Some(3), "{}", ended.message);
+        let name = format!("node {victim} ({}) is lost", hosts[victim]);
+        assert!(ended.message.contains(&name), "{name:?} is not in {}", ended.message);
+        assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
+        let moved: Vec<u32> = movers.into_iter().map(|mover| mover.join().unwrap()).collect();
+        assert!(moved.iter().all(|moved| *moved > 0), "{moved:?}");
+    }
 }
 
 /// Both nodes are killed once while their vCPUs work on one page.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use krg_scheduler::{HostShare, Placement};
 use krg_vmm::machine::boot::{self, Entry};
+use krg_vmm::ownership::Message;
 use krg_vmm::machine::{Access, End, Event, Fabric, Machine, MachineConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -47,7 +48,7 @@ type Sent = Arc<Mutex<Vec<(u32, Event)>>>;
 
 /// Calls the other machine directly.
 struct Direct {
-    owners: Vec<usize>,
+    node: usize,
     machines: Arc<OnceLock<Vec<Weak<Machine>>>>,
     sent: Sent,
 }
@@ -59,10 +60,12 @@ impl Direct {
 }
 
 impl Fabric for Direct {
-    fn interrupt(&self, vcpu: u32, event: Event) {
-        self.sent.lock().unwrap().push((vcpu, event));
-        if let Some(machine) = self.machine(self.owners[vcpu as usize]) {
-            machine.deliver(vcpu, event);
+    fn send(&self, to: usize, vcpu: u32, message: Message) {
+        if let Message::Event { event, .. } = &message {
+            self.sent.lock().unwrap().push((vcpu, event.event));
+        }
+        if let Some(machine) = self.machine(to) {
+            machine.receive(self.node, vcpu, message);
         }
     }
 
@@ -102,11 +105,10 @@ impl Cluster {
         let placement = Placement { hosts };
         let (sender, ends) = channel();
         let (screen, sent, registry) = (Screen::default(), Sent::default(), Arc::new(OnceLock::new()));
-        let owners: Vec<usize> = (0..2).map(|v| placement.owner(v).unwrap()).collect();
         let machines: Vec<Arc<Machine>> = (0..nodes)
             .map(|node| {
                 let fabric = Arc::new(Direct {
-                    owners: owners.clone(),
+                    node,
                     machines: registry.clone(),
                     sent: sent.clone(),
                 });

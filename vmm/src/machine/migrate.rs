@@ -1,0 +1,233 @@
+//! A vCPU goes to another node, and comes: its thread changes between owner and proxy.
+//!
+//! Other vCPUs of the same node send it interrupts inside the kernel, at any moment. Two things keep them:
+//!
+//! - *Leaving.* Nothing is written to the LAPIC as a whole. The state that goes to the new owner is all but what
+//!   is pending; the LAPIC is then made a proxy's by what a guest could do, too (ends of interrupts, task
+//!   priority, timer off), which leaves pending interrupts alone. These the proxy takes out as always: up to
+//!   a moment when there are none, to go with the state, and later ones as any node's.
+//! - *Arriving.* KVM_SET_LAPIC writes everything. So no vCPU of the node runs meanwhile ([`super::gate`]); the
+//!   proxy takes out what they had sent, which is raised again afterwards.
+//!
+//! *Timers.* A TSC deadline that is not zero has not become an interrupt yet, even if it has passed; it is
+//! cleared here and set there. The guest's TSC is the same on all nodes. A counting timer goes on with what is
+//! left of its count. One that has run out may not have become an interrupt yet: a KVM_RUN that runs nothing
+//! makes it one.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_MP_STATE_INIT_RECEIVED, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_guest_debug, kvm_vcpu_events,
+};
+
+use super::error::MachineError;
+use super::kick;
+use super::proxy::{self, ProxyContext};
+use super::threads::Shared;
+use super::transfer::Travelling;
+use super::vcpu::{Role, Vcpu, fail};
+use crate::ownership::Input;
+
+/// LAPIC registers in KVM's form.
+const ISR: usize = 0x100;
+const LVT_TIMER: usize = 0x320;
+const INITIAL_COUNT: usize = 0x380;
+const CURRENT_COUNT: usize = 0x390;
+/// Bits 18-17 of the timer's LVT entry.
+const TIMER_MODE: u32 = 3 << 17;
+const ONE_SHOT: u32 = 0;
+const PERIODIC: u32 = 1 << 17;
+
+/// x2APIC registers and the TSC deadline, as MSRs.
+const X2APIC_TPR: u32 = 0x808;
+const X2APIC_LVT_TIMER: u32 = 0x832;
+const X2APIC_LVT_PERFORMANCE: u32 = 0x834;
+const X2APIC_INITIAL_COUNT: u32 = 0x838;
+const TSC_DEADLINE: u32 = 0x6e0;
+const LVT_MASKED: u64 = 1 << 16;
+
+/// How late the host's timer may be: a count that has run out becomes an interrupt within this.
+const TIMER_LATENCY: Duration = Duration::from_micros(200);
+
+/// Hands `vcpu`, which is outside KVM_RUN without an open device access, to the node that is to run it, unless
+/// that is not wanted any more.
+pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError> {
+    let (owners, id) = (&shared.owners, vcpu.id);
+    owners.duty(id).leave.store(false, Ordering::SeqCst);
+    owners.step(id, Input::Stopped);
+    if !owners.is_leaving(id) {
+        return Ok(());
+    }
+    // SIPI is taken only where INIT was: neither the vCPU that waits for it, nor one that is to send it, can
+    // go between the two.
+    let starting = || shared.awaiting.iter().any(|proxy| proxy.load(Ordering::SeqCst));
+    if vcpu.mp_state()? == KVM_MP_STATE_INIT_RECEIVED || starting() {
+        owners.step(id, Input::Refused);
+        return Ok(());
+    }
+    let state = vcpu.save_to_travel(&shared.msrs, owners.startup.all())?;
+    vcpu.become_proxy(&state)?;
+    let pending = RefCell::new(Vec::new());
+    let context = ProxyContext {
+        sink: &|event| pending.borrow_mut().push(event),
+        startup: &owners.startup,
+        stop: &AtomicBool::new(false),
+        arrive: &|| false,
+        awaiting: &shared.awaiting[id as usize],
+        counters: &shared.counters[id as usize],
+    };
+    proxy::empty(vcpu, &context)?;
+    let (bytes, pending) = (state.encode(), pending.into_inner());
+    let (mp_state, in_service) = (state.mp_state, state.in_service());
+    tracing::debug!(
+        vcpu = id,
+        mp_state,
+        in_service,
+        pending = pending.len(),
+        bytes = bytes.len(),
+        "leaves"
+    );
+    owners.step(id, Input::Saved { state: bytes, pending });
+    Ok(())
+}
+
+/// Makes `vcpu`, a proxy, the vCPU whose state came.
+pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError> {
+    let (owners, id) = (&shared.owners, vcpu.id);
+    owners.duty(id).arrive.store(false, Ordering::SeqCst);
+    let Some(bytes) = owners.take_state(id) else {
+        return Ok(());
+    };
+    let state = Travelling::decode(&bytes, id).map_err(|error| MachineError::State {
+        object: format!("vCPU {id} from another node"),
+        reason: error.to_string(),
+    })?;
+    state
+        .startup
+        .to_le_bytes()
+        .into_iter()
+        .filter(|vector| *vector != 0)
+        .for_each(|vector| owners.startup.learn(vector));
+    let held = shared.gate.hold();
+    let context = ProxyContext {
+        sink: &|event| owners.raise(id, event),
+        startup: &owners.startup,
+        stop: &AtomicBool::new(false),
+        arrive: &|| false,
+        awaiting: &shared.awaiting[id as usize],
+        counters: &shared.counters[id as usize],
+    };
+    proxy::empty(vcpu, &context)?;
+    vcpu.become_owner(&state)?;
+    shared.awaiting[id as usize].store(false, Ordering::SeqCst);
+    shared.roots[id as usize].store(state.registers.sregs.cr3, Ordering::Relaxed);
+    owners.step(id, Input::Restored);
+    drop(held);
+    Ok(())
+}
+
+impl Travelling {
+    /// How many interrupts are in service.
+    fn in_service(&self) -> u32 {
+        (0..8).map(|n| self.registers.lapic(ISR + n * 16).count_ones()).sum()
+    }
+}
+
+impl Vcpu {
+    /// All of the vCPU but what is pending, with its timer stopped.
+    fn save_to_travel(&mut self, msrs: &[u32], startup: u32) -> Result<Travelling, MachineError> {
+        let timer = self.counting_timer()?;
+        if timer.is_some_and(|entry| entry & TIMER_MODE == PERIODIC) {
+            // One period more at most is running out from here on.
+            self.set_msr(X2APIC_LVT_TIMER, u64::from(timer.unwrap_or(0) & !TIMER_MODE))?;
+        }
+        let mut waited = timer.is_none();
+        let mut state = loop {
+            if timer.is_some() {
+                kick::run_nothing(self)?;
+            }
+            // The MP state first: reading it takes pending INIT and SIPI.
+            let mp_state = self.mp_state()?;
+            let registers = self.save_registers(msrs)?;
+            let ran_out = registers.lapic(INITIAL_COUNT) != 0 && registers.lapic(CURRENT_COUNT) == 0;
+            if waited || !ran_out {
+                break Travelling {
+                    mp_state,
+                    startup,
+                    registers,
+                };
+            }
+            waited = true;
+            std::thread::sleep(TIMER_LATENCY);
+        };
+        let registers = &mut state.registers;
+        // INIT stops the timer.
+        if let Some(entry) = timer.filter(|_| registers.lapic(INITIAL_COUNT) != 0) {
+            registers.set_lapic(LVT_TIMER, entry);
+            if registers.lapic(CURRENT_COUNT) == 0 && entry & TIMER_MODE == PERIODIC {
+                registers.set_lapic(CURRENT_COUNT, registers.lapic(INITIAL_COUNT));
+            } else if registers.lapic(CURRENT_COUNT) == 0 {
+                // It is over; KVM would start it again.
+                registers.set_lapic(INITIAL_COUNT, 0);
+            }
+        }
+        self.set_msr(TSC_DEADLINE, 0)?;
+        self.set_msr(X2APIC_INITIAL_COUNT, 0)?;
+        Ok(state)
+    }
+
+    /// The timer's LVT entry if it counts, or has counted, rather than waits for a TSC deadline.
+    fn counting_timer(&self) -> Result<Option<u32>, MachineError> {
+        let lapic = self.fd.get_lapic().map_err(|e| fail("KVM_GET_LAPIC", self.id, e))?;
+        let register = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| lapic.regs[at + n] as u8));
+        let entry = register(LVT_TIMER);
+        let counts = matches!(entry & TIMER_MODE, ONE_SHOT | PERIODIC) && register(INITIAL_COUNT) != 0;
+        Ok(counts.then_some(entry))
+    }
+
+    /// Turns a vCPU whose state was saved into its proxy, short of parking it. What is pending stays.
+    fn become_proxy(&mut self, saved: &Travelling) -> Result<(), MachineError> {
+        // No exception, interrupt or NMI is under way any more, and none blocked. Not named, pending NMIs stay.
+        let none = kvm_vcpu_events {
+            flags: KVM_VCPUEVENT_VALID_SHADOW,
+            ..Default::default()
+        };
+        self.fd
+            .set_vcpu_events(&none)
+            .map_err(|e| fail("KVM_SET_VCPU_EVENTS", self.id, e))?;
+        let debug = kvm_debugregs {
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+            ..Default::default()
+        };
+        self.fd
+            .set_debug_regs(&debug)
+            .map_err(|e| fail("KVM_SET_DEBUGREGS", self.id, e))?;
+        (0..saved.in_service()).try_for_each(|_| self.end_of_interrupt())?;
+        self.set_msr(X2APIC_TPR, 0)?;
+        self.set_msr(X2APIC_LVT_TIMER, LVT_MASKED)?;
+        self.set_msr(X2APIC_LVT_PERFORMANCE, LVT_MASKED)?;
+        self.set_apic_base(false)?;
+        self.awaits_sipi = saved.mp_state == KVM_MP_STATE_INIT_RECEIVED;
+        if !self.awaits_sipi {
+            self.enable_lapic()?;
+        }
+        self.role = Role::Proxy;
+        Ok(())
+    }
+
+    /// Turns a proxy in which nothing is pending into the vCPU. Nobody may send it anything meanwhile.
+    fn become_owner(&mut self, state: &Travelling) -> Result<(), MachineError> {
+        self.fd
+            .set_guest_debug(&kvm_guest_debug::default())
+            .map_err(|e| fail("KVM_SET_GUEST_DEBUG", self.id, e))?;
+        self.restore_registers(&state.registers)?;
+        self.set_mp_state(state.mp_state)?;
+        self.awaits_sipi = false;
+        self.role = Role::Owner;
+        self.fd.set_kvm_immediate_exit(0);
+        Ok(())
+    }
+}
