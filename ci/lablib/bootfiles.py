@@ -1,6 +1,6 @@
-"""Kernel, initrd and command line out of a disk image of ci/image, for a plain QEMU.
+"""Kernel, initrd, command line and modules out of a disk image of ci/image, for a plain QEMU and for tests.
 
-Only for tests of the images: the VMM has its own reader, made for images of any origin.
+The VMM has its own reader, made for images of any origin.
 """
 
 import re
@@ -20,15 +20,27 @@ def read(image, inside, to):
         raise LabError(f"{image}: {inside}: {done.stdout.strip()}")
 
 
-def extract(image, folder):
-    """Writes the default entry's kernel and initrd to `folder`; their paths and the command line."""
-    folder = Path(folder)
-    read(image, "/boot/grub/grub.cfg", folder / "grub.cfg")
-    menu = (folder / "grub.cfg").read_text()
+def entry(image, folder):
+    """Of the boot menu's default entry: paths of kernel and initrd inside, and the command line."""
+    read(image, "/boot/grub/grub.cfg", Path(folder) / "grub.cfg")
+    menu = (Path(folder) / "grub.cfg").read_text()
     linux = re.search(r"^\s*linux\s+(\S+)\s+(.*)$", menu, re.M)
     initrd = re.search(r"^\s*initrd\s+(\S+)$", menu, re.M)
     if not linux or not initrd:
         raise LabError(f"{image}: no entry in grub.cfg")
-    read(image, linux.group(1), folder / "vmlinuz")
-    read(image, initrd.group(1), folder / "initrd")
-    return folder / "vmlinuz", folder / "initrd", linux.group(2)
+    return linux.group(1), initrd.group(1), linux.group(2)
+
+
+def extract(image, folder):
+    """Writes the default entry's kernel and initrd to `folder`; their paths and the command line."""
+    folder = Path(folder)
+    kernel, initrd, words = entry(image, folder)
+    read(image, kernel, folder / "vmlinuz")
+    read(image, initrd, folder / "initrd")
+    return folder / "vmlinuz", folder / "initrd", words
+
+
+def module(image, name, folder):
+    """Writes a module of the default entry's kernel to `folder`; `name` is its path there, without `.ko`."""
+    version = entry(image, folder)[0].removeprefix("/boot/vmlinuz-")
+    read(image, f"/usr/lib/modules/{version}/kernel/{name}.ko", Path(folder) / f"{Path(name).name}.ko")

@@ -48,7 +48,16 @@ impl Prefetch for Pages {
     }
 }
 
-/// Memory that the guest has no use for, on one host.
+/// Memory that the guest has no use for, over all hosts.
+struct Shared(Arc<Dsm>);
+
+impl FreePages for Shared {
+    fn free(&self, gpa: u64, len: u64) {
+        self.0.free(gpa, len);
+    }
+}
+
+/// The same on one host.
 struct Own(Arc<GuestRam>);
 
 impl FreePages for Own {
@@ -80,11 +89,11 @@ pub(super) fn make(
         devices.push(Box::new(block.map_err(|e| e.to_string())?));
     }
     devices.push(Box::new(Rng::new("rng0").map_err(|e| e.to_string())?));
-    // Not over several hosts yet: a stock guest with it stood still there, perhaps for another reason.
-    if dsm.is_none() {
-        let free = Arc::new(Own(Arc::clone(ram)));
-        devices.push(Box::new(Balloon::new("balloon0", free).map_err(|e| e.to_string())?));
-    }
+    let free: Arc<dyn FreePages> = match dsm {
+        Some(dsm) => Arc::new(Shared(Arc::clone(dsm))),
+        None => Arc::new(Own(Arc::clone(ram))),
+    };
+    devices.push(Box::new(Balloon::new("balloon0", free).map_err(|e| e.to_string())?));
     if let Some(tap) = &spec.net {
         devices.push(Box::new(Net::open("net0", tap, &spec.name).map_err(|e| e.to_string())?));
     }

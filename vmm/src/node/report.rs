@@ -85,6 +85,7 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
             "; copies of other hosts' pages: {} MiB, {} at most, of {}; {} evicted, {} overruns",
             copies.pages >> 8, copies.peak >> 8, copies.limit >> 8, c.evictions, copies.overruns
         );
+        line += &format!("; {} MiB that were at home here came back free", c.pages_freed >> 8);
         figures["copies"] = json!(copies);
         let ahead = dsm.map(Dsm::accuracy).unwrap_or_default();
         line += &format!(
