@@ -20,7 +20,7 @@ use krg_vmm::cluster::front::{self, Options};
 use krg_vmm::cluster::report::Reporter;
 use krg_vmm::cluster::service;
 use krg_vmm::cluster::transport::Wish;
-use krg_vmm::node::{BootSpec, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables};
+use krg_vmm::node::{BootSpec, MoveAnswer, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables};
 use rustix::process::{Pid, Signal, kill_process};
 use vmm_sys_util::tempdir::TempDir;
 
@@ -57,6 +57,10 @@ fn machine(
         for input in input {
             let end = match input {
                 NodeInput::Stop(reason) => NodeEnd::Stopped(reason),
+                NodeInput::Migrate { id, .. } => {
+                    output.moved(id, MoveAnswer::NoVcpu);
+                    continue;
+                }
                 NodeInput::Console(bytes) => match bytes.as_slice() {
                     b"off\n" => NodeEnd::PowerOff,
                     b"reset\n" => NodeEnd::Reset(false),
