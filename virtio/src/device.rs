@@ -37,28 +37,10 @@ impl Activation {
 /// A reset is complete once every clone of its token is dropped.
 pub type ResetToken = Arc<dyn Any + Send + Sync>;
 
-/// A virtio device without its transport. Methods are called from vCPU threads and return at once
-/// unless they say otherwise. [`Self::activate`] and [`Self::reset`] take effect in the order of
-/// their calls.
-pub trait VirtioDevice: Send + Sync {
-    /// Name in messages.
-    fn name(&self) -> &str;
-
-    /// Device type (VIRTIO 1.2, section 5).
-    fn device_type(&self) -> u16;
-
-    /// PCI class code: base class, sub-class, programming interface.
-    fn pci_class(&self) -> u32;
-
-    /// Device-specific feature bits; the transport adds its own.
-    fn features(&self) -> u64;
-
-    /// Largest size of each queue, powers of two.
-    fn queue_sizes(&self) -> &[u16];
-
-    /// Reads device-specific configuration; beyond its end is zero.
-    fn config_read(&self, offset: usize, data: &mut [u8]);
-
+/// The thread or threads that serve a device's queues. Methods are called from vCPU threads and return at
+/// once unless they say otherwise. [`Self::activate`] and [`Self::reset`] take effect in the order of their
+/// calls.
+pub trait Queues: Send + Sync {
     /// Takes the queues over.
     fn activate(&self, activation: Activation);
 
@@ -85,6 +67,30 @@ pub trait VirtioDevice: Send + Sync {
 
     /// [`Self::request_stop`], then waits for the threads.
     fn stop(&self);
+}
+
+/// A virtio device without its transport. Methods are called from vCPU threads and return at once.
+pub trait VirtioDevice: Send + Sync {
+    /// Name in messages.
+    fn name(&self) -> &str;
+
+    /// Device type (VIRTIO 1.2, section 5).
+    fn device_type(&self) -> u16;
+
+    /// PCI class code: base class, sub-class, programming interface.
+    fn pci_class(&self) -> u32;
+
+    /// Device-specific feature bits; the transport adds its own.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue, powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads device-specific configuration; beyond its end is zero.
+    fn config_read(&self, offset: usize, data: &mut [u8]);
+
+    /// What serves its queues.
+    fn queues(&self) -> &dyn Queues;
 
     /// State apart from transport and queues.
     fn save(&self) -> DeviceState;

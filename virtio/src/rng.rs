@@ -6,9 +6,8 @@ use std::io::Read;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use crate::device::{Activation, ResetToken, VirtioDevice};
+use crate::device::{Activation, Queues, VirtioDevice};
 use crate::error::{Error, Result};
-use crate::queue::state::RingState;
 use crate::state::DeviceState;
 use crate::worker::{Halt, Next, Service, StopFlag, Worker};
 
@@ -76,32 +75,8 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn activate(&self, activation: Activation) {
-        self.worker.activate(activation);
-    }
-
-    fn reset(&self, token: ResetToken) {
-        self.worker.reset(token);
-    }
-
-    fn kick(&self, _index: u16) {
-        self.worker.kick();
-    }
-
-    fn pause(&self) -> Result<Vec<RingState>> {
-        self.worker.pause()
-    }
-
-    fn resume(&self) -> Result<()> {
-        self.worker.resume()
-    }
-
-    fn request_stop(&self) {
-        self.worker.request_stop();
-    }
-
-    fn stop(&self) {
-        self.worker.stop();
+    fn queues(&self) -> &dyn Queues {
+        &self.worker
     }
 
     fn save(&self) -> DeviceState {

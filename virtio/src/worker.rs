@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, ResetToken};
+use crate::device::{Activation, Queues, ResetToken};
 use crate::error::{Error, Result};
 use crate::queue::QueueError;
 use crate::queue::state::RingState;
@@ -102,7 +102,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a thread; it has no queues until [`Self::activate`].
+    /// Starts a thread; it has no queues until [`Queues::activate`].
     pub(crate) fn spawn(name: String, service: impl Service) -> Result<Self> {
         let start = |source| Error::Start {
             device: name.clone(),
@@ -136,49 +136,6 @@ impl Worker {
         })
     }
 
-    pub(crate) fn activate(&self, activation: Activation) {
-        self.command(Command::Activate(activation));
-    }
-
-    pub(crate) fn reset(&self, token: ResetToken) {
-        self.command(Command::Reset(token));
-    }
-
-    pub(crate) fn kick(&self) {
-        // One wake-up is enough until the thread has taken it.
-        if !self.mailbox.kicked.swap(true, Ordering::SeqCst) {
-            self.mailbox.wake();
-        }
-    }
-
-    pub(crate) fn pause(&self) -> Result<Vec<RingState>> {
-        let (reply, answer) = sync_channel(1);
-        self.command(Command::Pause(reply));
-        answer.recv().map_err(|_| Error::Stopped(self.name.clone()))
-    }
-
-    pub(crate) fn resume(&self) -> Result<()> {
-        match self.command(Command::Resume) {
-            true => Ok(()),
-            false => Err(Error::Stopped(self.name.clone())),
-        }
-    }
-
-    pub(crate) fn request_stop(&self) {
-        self.stop.0.store(true, Ordering::SeqCst);
-        self.mailbox.wake();
-    }
-
-    pub(crate) fn stop(&self) {
-        self.request_stop();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            if thread.join().is_err() {
-                tracing::error!(device = %self.name, "device thread panicked");
-            }
-        }
-    }
-
     fn command(&self, command: Command) -> bool {
         let taken = match self.mailbox.commands().as_mut() {
             Some(commands) => {
@@ -189,6 +146,52 @@ impl Worker {
         };
         self.mailbox.wake();
         taken
+    }
+}
+
+/// One thread serves all queues.
+impl Queues for Worker {
+    fn activate(&self, activation: Activation) {
+        self.command(Command::Activate(activation));
+    }
+
+    fn reset(&self, token: ResetToken) {
+        self.command(Command::Reset(token));
+    }
+
+    fn kick(&self, _index: u16) {
+        // One wake-up is enough until the thread has taken it.
+        if !self.mailbox.kicked.swap(true, Ordering::SeqCst) {
+            self.mailbox.wake();
+        }
+    }
+
+    fn pause(&self) -> Result<Vec<RingState>> {
+        let (reply, answer) = sync_channel(1);
+        self.command(Command::Pause(reply));
+        answer.recv().map_err(|_| Error::Stopped(self.name.clone()))
+    }
+
+    fn resume(&self) -> Result<()> {
+        match self.command(Command::Resume) {
+            true => Ok(()),
+            false => Err(Error::Stopped(self.name.clone())),
+        }
+    }
+
+    fn request_stop(&self) {
+        self.stop.0.store(true, Ordering::SeqCst);
+        self.mailbox.wake();
+    }
+
+    fn stop(&self) {
+        self.request_stop();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            if thread.join().is_err() {
+                tracing::error!(device = %self.name, "device thread panicked");
+            }
+        }
     }
 }
 

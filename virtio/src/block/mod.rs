@@ -12,10 +12,9 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::Prefetch;
-use crate::device::{Activation, ResetToken, VirtioDevice, read_config};
+use crate::device::{Activation, Queues, VirtioDevice, read_config};
 use crate::disk::{Disk, SECTOR_SIZE};
 use crate::error::{Error, Result};
-use crate::queue::state::RingState;
 use crate::state::DeviceState;
 use crate::worker::{Halt, Next, Service, StopFlag, Worker};
 use request::Requests;
@@ -141,32 +140,8 @@ impl VirtioDevice for Block {
         read_config(&self.config(), offset, data);
     }
 
-    fn activate(&self, activation: Activation) {
-        self.worker.activate(activation);
-    }
-
-    fn reset(&self, token: ResetToken) {
-        self.worker.reset(token);
-    }
-
-    fn kick(&self, _index: u16) {
-        self.worker.kick();
-    }
-
-    fn pause(&self) -> Result<Vec<RingState>> {
-        self.worker.pause()
-    }
-
-    fn resume(&self) -> Result<()> {
-        self.worker.resume()
-    }
-
-    fn request_stop(&self) {
-        self.worker.request_stop();
-    }
-
-    fn stop(&self) {
-        self.worker.stop();
+    fn queues(&self) -> &dyn Queues {
+        &self.worker
     }
 
     fn save(&self) -> DeviceState {

@@ -17,7 +17,7 @@ use virtio_bindings::virtio_net::{
 
 pub use tap::{Frames, HEADER_LEN, Offloads, Tap};
 
-use crate::device::{Activation, ResetToken, VirtioDevice, read_config};
+use crate::device::{Activation, Queues, ResetToken, VirtioDevice, read_config};
 use crate::error::{Error, Result};
 use crate::queue::state::RingState;
 use crate::state::DeviceState;
@@ -125,6 +125,31 @@ impl VirtioDevice for Net {
         read_config(&self.mac, offset, data);
     }
 
+    fn queues(&self) -> &dyn Queues {
+        self
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Net(NetState {
+            version: STATE_VERSION,
+            mac: self.mac,
+        })
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<()> {
+        if *state == self.save() {
+            return Ok(());
+        }
+        let reason = match state {
+            DeviceState::Net(net) if net.version == STATE_VERSION => "the guest knows another MAC address",
+            _ => "it belongs to another kind or version of device",
+        };
+        Err(Error::bad_state(&self.name, reason))
+    }
+}
+
+/// A thread for each direction.
+impl Queues for Net {
     fn activate(&self, activation: Activation) {
         let Activation {
             rings,
@@ -148,8 +173,8 @@ impl VirtioDevice for Net {
 
     fn kick(&self, index: u16) {
         match index {
-            TRANSMIT_QUEUE => self.transmit.kick(),
-            _ => self.receive.kick(),
+            TRANSMIT_QUEUE => self.transmit.kick(index),
+            _ => self.receive.kick(index),
         }
     }
 
@@ -173,24 +198,6 @@ impl VirtioDevice for Net {
         self.request_stop();
         self.receive.stop();
         self.transmit.stop();
-    }
-
-    fn save(&self) -> DeviceState {
-        DeviceState::Net(NetState {
-            version: STATE_VERSION,
-            mac: self.mac,
-        })
-    }
-
-    fn restore(&self, state: &DeviceState) -> Result<()> {
-        if *state == self.save() {
-            return Ok(());
-        }
-        let reason = match state {
-            DeviceState::Net(net) if net.version == STATE_VERSION => "the guest knows another MAC address",
-            _ => "it belongs to another kind or version of device",
-        };
-        Err(Error::bad_state(&self.name, reason))
     }
 }
 

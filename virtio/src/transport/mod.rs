@@ -102,7 +102,7 @@ impl VirtioPci {
     }
 
     fn activate(&self, registers: &Registers, rings: Vec<Ring>) {
-        self.device.activate(Activation {
+        self.device.queues().activate(Activation {
             rings,
             features: registers.driver_features(),
             signals: self.shared.clone(),
@@ -113,7 +113,7 @@ impl VirtioPci {
     /// device's threads have let go of the queues.
     fn reset(&self, registers: &mut Registers) {
         if registers.reset() {
-            self.device.reset(Arc::new(ResetGuard::new(&self.shared)));
+            self.device.queues().reset(Arc::new(ResetGuard::new(&self.shared)));
         }
         self.shared.reset();
     }
@@ -229,7 +229,7 @@ impl PciFunction for VirtioPci {
         if let Some(at) = NOTIFY.contains(offset) {
             let queue = at / NOTIFY_MULTIPLIER as usize;
             if queue < self.device.queue_sizes().len() {
-                self.device.kick(queue as u16);
+                self.device.queues().kick(queue as u16);
             }
         } else if let Some(at) = COMMON.contains(offset) {
             self.common_write(at, data);
@@ -243,14 +243,14 @@ impl PciFunction for VirtioPci {
     }
 
     fn pause(&self) -> Result<()> {
-        let rings = self.device.pause()?;
+        let rings = self.device.queues().pause()?;
         *self.paused() = Some(rings);
         Ok(())
     }
 
     fn resume(&self) -> Result<()> {
         *self.paused() = None;
-        self.device.resume()
+        self.device.queues().resume()
     }
 
     fn save(&self) -> Result<FunctionState> {
@@ -293,10 +293,10 @@ impl PciFunction for VirtioPci {
     }
 
     fn request_stop(&self) {
-        self.device.request_stop();
+        self.device.queues().request_stop();
     }
 
     fn stop(&self) {
-        self.device.stop();
+        self.device.queues().stop();
     }
 }
