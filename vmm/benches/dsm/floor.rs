@@ -14,7 +14,7 @@ use krg_dsm::transport;
 /// As long as a request for a page with its frame.
 const REQUEST: usize = 16;
 /// Written and read at once when bandwidth is measured.
-const CHUNK: usize = 256 << 10;
+pub const CHUNK: usize = 256 << 10;
 
 /// Makes the calling thread real-time, as the threads are that answer faults. Without the right to
 /// do so both stay as they are.
@@ -22,6 +22,13 @@ pub fn raise() {
     let parameters = libc::sched_param { sched_priority: 1 };
     // SAFETY: the structure is initialised and outlives the call; 0 names the calling thread.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &parameters) };
+}
+
+/// A request for so many bytes.
+pub fn request(bytes: u64) -> [u8; REQUEST] {
+    let mut request = [0; REQUEST];
+    request[..8].copy_from_slice(&bytes.to_le_bytes());
+    request
 }
 
 fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
@@ -96,9 +103,7 @@ pub struct BareStream {
 
 impl BareStream {
     fn ask(&mut self, bytes: u64) -> io::Result<()> {
-        let mut request = [0; REQUEST];
-        request[..8].copy_from_slice(&bytes.to_le_bytes());
-        self.stream.write_all(&request)
+        self.stream.write_all(&request(bytes))
     }
 
     fn round_trips(&mut self, count: usize) -> io::Result<Vec<Duration>> {

@@ -10,12 +10,10 @@ use krg_dsm::memory::PAGE_SIZE;
 use krg_dsm::transport::rdma::RdmaTransport;
 use krg_dsm::transport::{Config, Handler, PeerEvent, Transport};
 
+use super::floor;
+
 /// Any class that is no heartbeat.
 const CLASS: u8 = 1;
-/// As long as a request for a page.
-const REQUEST: usize = 16;
-/// Sent at once when bandwidth is measured.
-const CHUNK: u64 = 256 << 10;
 /// What takes longer is stuck.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -32,7 +30,7 @@ impl Handler for Answering {
         let Some(transport) = self.transport.get().and_then(Weak::upgrade) else { return };
         let mut left = payload.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         while left > 0 {
-            let len = left.min(CHUNK);
+            let len = left.min(floor::CHUNK as u64);
             // The other side notices what is missing.
             if transport.send(peer, CLASS, &[&self.chunk[..len as usize]]).is_err() {
                 return;
@@ -51,7 +49,7 @@ impl Handler for Answering {
 pub fn serve(stream: TcpStream) -> anyhow::Result<()> {
     let handler = Arc::new(Answering {
         transport: OnceLock::new(),
-        chunk: vec![7; CHUNK as usize],
+        chunk: vec![7; floor::CHUNK],
         gone: Mutex::default(),
         changed: Condvar::new(),
     });
@@ -85,11 +83,9 @@ struct Receiver {
 
 impl Receiver {
     fn ask(&self, bytes: u64) {
-        let mut request = [0; REQUEST];
-        request[..8].copy_from_slice(&bytes.to_le_bytes());
         if let Some(transport) = self.transport.get().and_then(Weak::upgrade) {
             // A lost peer is an event.
-            let _ = transport.send(1, CLASS, &[&request]);
+            let _ = transport.send(1, CLASS, &[&floor::request(bytes)]);
         }
     }
 }

@@ -23,6 +23,7 @@ use kvm_bindings::{
 };
 
 use super::error::MachineError;
+use super::fabric::Event;
 use super::kick;
 use super::proxy::{self, ProxyContext};
 use super::threads::Shared;
@@ -70,15 +71,7 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     let state = vcpu.save_to_travel(&shared.msrs, owners.startup.all())?;
     vcpu.become_proxy(&state)?;
     let pending = RefCell::new(Vec::new());
-    let context = ProxyContext {
-        sink: &|event| pending.borrow_mut().push(event),
-        startup: &owners.startup,
-        stop: &AtomicBool::new(false),
-        arrive: &|| false,
-        awaiting: &shared.awaiting[id as usize],
-        counters: &shared.counters[id as usize],
-    };
-    proxy::empty(vcpu, &context)?;
+    take_out(shared, vcpu, &|event| pending.borrow_mut().push(event))?;
     let (bytes, pending) = (state.encode(), pending.into_inner());
     let (mp_state, in_service) = (state.mp_state, state.in_service());
     tracing::debug!(
@@ -111,21 +104,27 @@ pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineErro
         .filter(|vector| *vector != 0)
         .for_each(|vector| owners.startup.learn(vector));
     let held = shared.gate.hold();
-    let context = ProxyContext {
-        sink: &|event| owners.raise(id, event),
-        startup: &owners.startup,
-        stop: &AtomicBool::new(false),
-        arrive: &|| false,
-        awaiting: &shared.awaiting[id as usize],
-        counters: &shared.counters[id as usize],
-    };
-    proxy::empty(vcpu, &context)?;
+    take_out(shared, vcpu, &|event| owners.raise(id, event))?;
     vcpu.become_owner(&state)?;
     shared.awaiting[id as usize].store(false, Ordering::SeqCst);
     shared.roots[id as usize].store(state.registers.sregs.cr3, Ordering::Relaxed);
     owners.step(id, Input::Restored);
     drop(held);
     Ok(())
+}
+
+/// Hands what is pending in a proxy to `sink`, until there is a moment when nothing is.
+fn take_out(shared: &Shared, vcpu: &mut Vcpu, sink: &dyn Fn(Event)) -> Result<(), MachineError> {
+    let id = vcpu.id as usize;
+    let context = ProxyContext {
+        sink,
+        startup: &shared.owners.startup,
+        stop: &AtomicBool::new(false),
+        arrive: &|| false,
+        awaiting: &shared.awaiting[id],
+        counters: &shared.counters[id],
+    };
+    proxy::empty(vcpu, &context)
 }
 
 impl Travelling {

@@ -46,15 +46,13 @@ pub(super) fn statistics(spec: &NodeSpec, machine: &Machine, dsm: &Dsm, output: 
 }
 
 fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -> (String, Value) {
-    let all = (0..spec.placement.cpus()).filter_map(|v| machine.statistics(v));
-    let (mut sent, mut received) = (0, 0);
-    for s in all {
+    let (mut sent, mut received, mut exits, mut arrivals) = (0, 0, 0, 0);
+    for s in (0..spec.placement.cpus()).filter_map(|v| machine.statistics(v)) {
         sent += s.sent;
         received += s.received;
+        exits += s.exits();
+        arrivals += s.arrivals;
     }
-    let (exits, arrivals) = (0..spec.placement.cpus())
-        .filter_map(|v| machine.statistics(v))
-        .fold((0, 0), |(exits, arrivals), s| (exits + s.exits(), arrivals + s.arrivals));
     let own: Vec<u32> = (0..spec.placement.cpus()).filter(|v| machine.owner(*v).is_some_and(|o| o.0 == spec.node)).collect();
     let name = spec.host_names.get(spec.node).map(String::as_str).unwrap_or("this host");
     let mut line = format!("node {} ({name}): {exits} vCPU exits, remote interrupts {sent} out {received} in", spec.node);

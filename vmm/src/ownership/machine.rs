@@ -382,13 +382,18 @@ impl Ownership {
         }
     }
 
-    fn refused(&mut self, out: &mut Output) -> Result<(), ProtocolError> {
-        if !self.is_leaving() {
-            return Err(ProtocolError::Thread);
+    /// Takes out what is kept of a vCPU whose thread has stopped to save it.
+    fn take_leaving(&mut self) -> Result<Box<Leaving>, ProtocolError> {
+        match std::mem::replace(&mut self.place, Place::Away) {
+            Place::Leaving(leaving) if leaving.stopped => Ok(leaving),
+            place => {
+                self.place = place;
+                Err(ProtocolError::Thread)
+            }
         }
-        let Place::Leaving(leaving) = std::mem::replace(&mut self.place, Place::Away) else {
-            return Err(ProtocolError::Thread);
-        };
+    }
+
+    fn refused(&mut self, out: &mut Output) -> Result<(), ProtocolError> {
         let Leaving {
             mut streams,
             ticket,
@@ -396,7 +401,7 @@ impl Ownership {
             kept_own,
             late,
             ..
-        } = *leaving;
+        } = *self.take_leaving()?;
         out.deliver.extend(late);
         for event in kept {
             streams.take(event, &mut out.deliver, self.bug)?;
@@ -409,12 +414,6 @@ impl Ownership {
     }
 
     fn saved(&mut self, state: Vec<u8>, mut pending: Vec<Event>, out: &mut Output) -> Result<(), ProtocolError> {
-        if !self.is_leaving() {
-            return Err(ProtocolError::Thread);
-        }
-        let Place::Leaving(leaving) = std::mem::replace(&mut self.place, Place::Away) else {
-            return Err(ProtocolError::Thread);
-        };
         let Leaving {
             mut streams,
             ticket,
@@ -423,7 +422,7 @@ impl Ownership {
             kept_own,
             late,
             ..
-        } = *leaving;
+        } = *self.take_leaving()?;
         pending.extend(late);
         if self.bug == Some(Bug::KeptForgotten) {
             kept.clear();

@@ -241,15 +241,20 @@ fn a_node_killed_while_vcpus_move_ends_the_machine_and_is_named() {
             })
             .collect();
         thread::sleep(Duration::from_millis(300));
-        kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();
-        let ended = program.end();
-        assert_eq!(ended.status, Some(3), "{}", ended.message);
-        let name = format!("node {victim} ({}) is lost", hosts[victim]);
-        assert!(ended.message.contains(&name), "{name:?} is not in {}", ended.message);
-        assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
+        kill_and_be_told(program, &hosts, victim);
         let moved: Vec<u32> = movers.into_iter().map(|mover| mover.join().unwrap()).collect();
         assert!(moved.iter().all(|moved| *moved > 0), "{moved:?}");
     }
+}
+
+/// Kills a node: the machine ends soon, and says which it was.
+fn kill_and_be_told(program: Program, hosts: &[String], victim: usize) {
+    kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();
+    let ended = program.end();
+    assert_eq!(ended.status, Some(3), "{}", ended.message);
+    let name = format!("node {victim} ({}) is lost", hosts[victim]);
+    assert!(ended.message.contains(&name), "{name:?} is not in {}", ended.message);
+    assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
 }
 
 /// Both nodes are killed once while their vCPUs work on one page.
@@ -264,11 +269,6 @@ fn a_killed_node_ends_the_machine_and_is_named() {
         );
         program.wait_for(kernel::HELLO);
         thread::sleep(Duration::from_millis(300));
-        kill_process(program.node(&hosts[victim]), Signal::KILL).unwrap();
-        let ended = program.end();
-        assert_eq!(ended.status, Some(3), "{}", ended.message);
-        let name = format!("node {victim} ({}) is lost", hosts[victim]);
-        assert!(ended.message.contains(&name), "{name:?} is not in {}", ended.message);
-        assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
+        kill_and_be_told(program, &hosts, victim);
     }
 }
