@@ -45,12 +45,10 @@ impl Node {
 /// A full mesh of loopback connections: `streams[i][j]` is node i's end to node j.
 fn mesh(nodes: usize) -> Vec<Vec<Option<TcpStream>>> {
     let mut streams: Vec<Vec<Option<TcpStream>>> = (0..nodes).map(|_| (0..nodes).map(|_| None).collect()).collect();
-    for a in 0..nodes {
-        for b in a + 1..nodes {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
-            streams[b][a] = Some(listener.accept().unwrap().0);
-        }
+    for (a, b) in (0..nodes).flat_map(|a| (a + 1..nodes).map(move |b| (a, b))) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        streams[b][a] = Some(listener.accept().unwrap().0);
     }
     streams
 }

@@ -93,7 +93,7 @@ mod tests {
     }
 
     fn engine(geometry: &Geometry) -> Engine<4> {
-        let mut engine = Engine::new(0, geometry.clone(), &[0..1], 0..1, true);
+        let mut engine = Engine::new(0, geometry.clone(), std::slice::from_ref(&(0..1)), 0..1, true);
         for page in [1, 5, 6] {
             engine.step(Input::Fault { page, write: page != 5 }, &mut Quiet, &mut Output::default()).unwrap();
         }

@@ -1,9 +1,16 @@
-//! The control socket (`--api`): a Unix socket on which programs ask one JSON object a line.
+//! The control socket (`--api`): a Unix socket on which programs ask one JSON object a line; `krg` is one of them.
 //!
-//! `{"cmd":"status"}` is answered by `{"ok":true,"status":{...}}`, `{"cmd":"stop"}` ends the
-//! machine and is answered by `{"ok":true}`. `{"cmd":"migrate","vcpu":N,"node":M}` moves a vCPU and is answered
-//! when it runs on the node, by `{"ok":true,"moved":true}`, or `"moved":false` if it did before. What fails is
-//! answered by `{"ok":false,"error":"..."}`, with `"errno"` where there is one.
+//! | request | what it does; members of a good answer besides `"ok":true` |
+//! |---|---|
+//! | `{"cmd":"status"}` | `"status"`: the nodes with their figures, the vCPUs, where each is and why |
+//! | `{"cmd":"stop"}` | ends the machine |
+//! | `{"cmd":"migrate","vcpu":N,"node":M}` | moves a vCPU to a node, or to where the placement put it (`"home"`); answered when it is there. `"moved"` is false, with a `"message"`, if it was before. With `"vcpu":"all"` moves all that may: `"moved"`, `"there"` and `"refused"` list them |
+//! | `{"cmd":"pin","vcpu":N,"node":M}` | moves it there and lets nothing move it away; `null` lifts the pin |
+//! | `{"cmd":"capset","vcpu":N,"migrate":BOOL}` | gives or takes the capability to move; also for `"all"` |
+//! | `{"cmd":"sched"}`, with `"policy":"NAME"` | `"sched"`: who decides where vCPUs run; has another decide, or none (`"off"`) |
+//! | `{"cmd":"explain","vcpu":N}` or `"page":GPA` | `"explain"`: why it is there; who fights for the page |
+//!
+//! What fails is answered by `{"ok":false,"error":"..."}`, with `"errno"` where there is one, and has changed nothing.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -39,10 +46,36 @@ pub enum Request {
     Stop,
     /// Move a vCPU to another node. What isn't a number is none of this machine's.
     Migrate {
+        /// The vCPU, or `"all"` that may move.
+        vcpu: Value,
+        /// The node, or `"home"`, where the placement put it.
+        node: Value,
+    },
+    /// Move a vCPU to a node and keep it there.
+    Pin {
         /// The vCPU.
         vcpu: Value,
-        /// The node.
+        /// The node; null: it may go anywhere again.
         node: Value,
+    },
+    /// Give or take the capability MIGRATE.
+    Capset {
+        /// The vCPU, or `"all"`.
+        vcpu: Value,
+        /// Whether it may move.
+        migrate: bool,
+    },
+    /// Who decides where vCPUs run.
+    Sched {
+        /// Who is to from now on, if somebody else.
+        policy: Option<String>,
+    },
+    /// Why is it so? One of the two.
+    Explain {
+        /// Why is this vCPU where it is?
+        vcpu: Option<Value>,
+        /// Who fights for the page at this guest-physical address, a number or a text (`"0x1f000"`)?
+        page: Option<Value>,
     },
 }
 
@@ -53,6 +86,13 @@ pub struct Failure {
     pub errno: &'static str,
     /// One line for people.
     pub line: String,
+}
+
+impl Failure {
+    /// With the error's symbol, and one line for people.
+    pub fn new(errno: &'static str, line: String) -> Self {
+        Self { errno, line }
+    }
 }
 
 /// The listening socket; dropping it removes the file.
@@ -192,7 +232,8 @@ mod tests {
         let api = Api::listen(&path, |request| match request {
             Request::Status => Ok(json!({"status": 7})),
             Request::Stop => Ok(json!({})),
-            Request::Migrate { vcpu, node } => Err(Failure { errno: "EINVAL", line: format!("{vcpu} to {node}") }),
+            Request::Migrate { vcpu, node } => Err(Failure::new("EINVAL", format!("{vcpu} to {node}"))),
+            other => Ok(json!({"asked": format!("{other:?}")})),
         })
         .unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -210,6 +251,32 @@ mod tests {
         assert!(Api::listen(&path, |_| Ok(json!({}))).is_err_and(|line| line.contains("EADDRINUSE")));
         drop(api);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn every_request_is_read_and_what_is_missing_or_too_much_is_refused() {
+        let read = |text: &str| serde_json::from_str::<Request>(text).ok();
+        assert_eq!(read(r#"{"cmd":"pin","vcpu":1,"node":null}"#), Some(Request::Pin { vcpu: json!(1), node: json!(null) }));
+        assert_eq!(
+            read(r#"{"cmd":"capset","vcpu":"all","migrate":false}"#),
+            Some(Request::Capset { vcpu: json!("all"), migrate: false })
+        );
+        assert_eq!(read(r#"{"cmd":"sched"}"#), Some(Request::Sched { policy: None }));
+        assert_eq!(read(r#"{"cmd":"sched","policy":"off"}"#), Some(Request::Sched { policy: Some("off".into()) }));
+        assert_eq!(
+            read(r#"{"cmd":"explain","page":"0x1000"}"#),
+            Some(Request::Explain { vcpu: None, page: Some(json!("0x1000")) })
+        );
+        for bad in [
+            r#"{"cmd":"pin","vcpu":1}"#,
+            r#"{"cmd":"pin","vcpu":1,"node":0,"now":true}"#,
+            r#"{"cmd":"capset","vcpu":1,"migrate":"no"}"#,
+            r#"{"cmd":"capset","vcpu":1}"#,
+            r#"{"cmd":"sched","policy":3}"#,
+            r#"{"cmd":"migrate","vcpu":1}"#,
+        ] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
     }
 
     #[test]

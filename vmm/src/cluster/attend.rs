@@ -98,11 +98,18 @@ impl Port {
 #[derive(Clone, Debug, Default)]
 pub struct Statistics(Arc<Mutex<Told>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Told {
+    begun: Instant,
     counted: BTreeMap<usize, Value>,
     /// Node and epoch of each vCPU's owner.
     owners: Vec<(usize, u64)>,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self { begun: Instant::now(), counted: BTreeMap::new(), owners: Vec::new() }
+    }
 }
 
 impl Statistics {
@@ -117,15 +124,28 @@ impl Statistics {
         self.lock().counted.get(&node).cloned().unwrap_or_default()
     }
 
+    /// The node that runs a vCPU; `None`: there is no such vCPU.
+    pub fn owner(&self, vcpu: u32) -> Option<usize> {
+        self.lock().owners.get(vcpu as usize).map(|owner| owner.0)
+    }
+
+    /// Milliseconds since some moment before the machine's start; the `at_ms` of a node's figures is when they came.
+    pub fn now_ms(&self) -> u64 {
+        self.lock().begun.elapsed().as_millis() as u64
+    }
+
     /// The vCPUs that run on a node.
     pub fn vcpus(&self, node: usize) -> Vec<usize> {
         let told = self.lock();
         told.owners.iter().enumerate().filter(|(_, (owner, _))| *owner == node).map(|(vcpu, _)| vcpu).collect()
     }
 
-    fn keep(&self, node: usize, json: &Value) {
+    /// Keeps what a node told.
+    pub(super) fn keep(&self, node: usize, json: &Value) {
         if json["event"] == "statistics" {
-            self.lock().counted.insert(node, json.clone());
+            let mut figures = json.clone();
+            figures["at_ms"] = self.now_ms().into();
+            self.lock().counted.insert(node, figures);
         }
         if let ("migrated", Some(vcpu), Some(epoch)) =
             (json["event"].as_str().unwrap_or_default(), json["vcpu"].as_u64(), json["epoch"].as_u64())
@@ -135,7 +155,7 @@ impl Statistics {
     }
 
     /// A vCPU came to a node.
-    fn moved(&self, vcpu: u64, node: usize, epoch: u64) {
+    pub(super) fn moved(&self, vcpu: u64, node: usize, epoch: u64) {
         let mut told = self.lock();
         let owner = usize::try_from(vcpu).ok().and_then(|vcpu| told.owners.get_mut(vcpu));
         // News of an older move may come later.
@@ -359,7 +379,9 @@ mod tests {
             ],
             statistics.clone(),
         );
-        assert_eq!(statistics.of(1), json!({"event": "statistics", "bounces": 2, "node": 1}));
+        let mut told = statistics.of(1);
+        assert!(told["at_ms"].take().is_u64());
+        assert_eq!(told, json!({"event": "statistics", "bounces": 2, "node": 1, "at_ms": null}));
         assert_eq!(statistics.of(0), Value::Null);
     }
 

@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::api::{self, Api, Failure};
+use super::admin::{Admin, Unscheduled};
+use super::api::Api;
 use super::attend::{Attended, FrontEvent, NodeEvent, Port, Statistics};
 use super::console::{RawMode, read_input};
 use super::daemon::Runner;
@@ -30,6 +31,7 @@ use super::report::Reporter;
 use super::secret::Secret;
 use super::size;
 use super::transport::{self, Wish};
+use super::vcpus::Wishes;
 use super::verdict::Ending;
 use crate::machine::cpuid_common::common_subset;
 use crate::node::{BootSpec, CpuidLeaf, DiskSpec, MoveAnswer, NodeEnd, NodeOutput, NodeSpec, NodeTransport, PageTables};
@@ -143,10 +145,21 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
     let names = specs[0].host_names.clone();
     let mut cluster = Cluster::new(nodes, &events.sender)?;
     let statistics = Statistics::default();
-    let user = User { placement: &placement, names: &names, hosts, statistics: &statistics };
-    let _guards = attend_user(options, events, &user)?;
+    let wishes = Wishes::new(placement.cpus());
+    let admin = Admin {
+        name: options.name.clone(),
+        placement: placement.clone(),
+        names: names.clone(),
+        hosts,
+        statistics: statistics.clone(),
+        wishes: wishes.clone(),
+        scheduling: Arc::new(Unscheduled),
+        events: events.sender.clone(),
+    };
+    let _guards = attend_user(options, events, admin)?;
     let ending = loop {
         statistics.start(&placement);
+        wishes.restarted();
         let running = cluster
             .prepare(specs.clone(), &events.receiver)?
             .connect(&events.receiver)?
@@ -194,10 +207,21 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
     let spec = specs(options, &candidates, &placement, NodeTransport::Tcp, events.reporter)?.remove(0);
     let names = spec.host_names.clone();
     let statistics = Statistics::default();
-    let user = User { placement: &placement, names: &names, hosts: 1, statistics: &statistics };
-    let _guards = attend_user(options, events, &user)?;
+    let wishes = Wishes::new(placement.cpus());
+    let admin = Admin {
+        name: options.name.clone(),
+        placement: placement.clone(),
+        names: names.clone(),
+        hosts: 1,
+        statistics: statistics.clone(),
+        wishes: wishes.clone(),
+        scheduling: Arc::new(Unscheduled),
+        events: events.sender.clone(),
+    };
+    let _guards = attend_user(options, events, admin)?;
     let ending = loop {
         statistics.start(&placement);
+        wishes.restarted();
         let (input, typed) = channel();
         let (runner, spec, sender) = (runner.clone(), spec.clone(), events.sender.clone());
         let output = Arc::new(Here(sender.clone()));
@@ -420,74 +444,18 @@ fn common_cpuid(hosts: &[Candidate], reporter: Reporter) -> Result<Vec<CpuidLeaf
     Ok(leaves)
 }
 
-/// What the user can ask about and for.
-struct User<'a> {
-    placement: &'a Placement,
-    names: &'a [String],
-    /// Hosts of the file, the nodes first; the others did not answer.
-    hosts: usize,
-    statistics: &'a Statistics,
-}
-
-/// Has a vCPU moved and waits for the answer.
-fn migrate(vcpu: &Value, node: &Value, nodes: usize, hosts: usize, events: &Sender<FrontEvent>) -> Result<Value, Failure> {
-    let failure = |errno, line: String| Failure { errno, line };
-    let number = |value: &Value| value.as_u64().and_then(|number| u32::try_from(number).ok());
-    let no_vcpu = || failure("ESRCH", format!("there is no vCPU {vcpu}"));
-    let no_node = || failure("EINVAL", format!("there is no node {node}; nodes are 0 to {}", nodes - 1));
-    let to = number(node).filter(|to| (*to as usize) < nodes.max(hosts)).ok_or_else(no_node)? as usize;
-    if (nodes..hosts).contains(&to) {
-        return Err(failure("ENONET", format!("node {to} is not online")));
-    }
-    let (reply, answer) = channel();
-    let asked = FrontEvent::Migrate { vcpu: number(vcpu).ok_or_else(no_vcpu)?, node: to, reply };
-    let over = || failure("ECANCELED", "the machine does not run".into());
-    events.send(asked).map_err(|_| over())?;
-    match answer.recv().map_err(|_| over())? {
-        MoveAnswer::Moved(_) => Ok(json!({"moved": true, "node": to})),
-        MoveAnswer::AlreadyThere => Ok(json!({"moved": false, "node": to, "message": format!("vCPU {vcpu} is on node {to} already")})),
-        MoveAnswer::Busy => Err(failure("EAGAIN", format!("vCPU {vcpu}, or one that its host is starting, waits for its start-up; try again"))),
-        MoveAnswer::NoVcpu => Err(no_vcpu()),
-        MoveAnswer::NoNode => Err(no_node()),
-        MoveAnswer::NodeLost => Err(failure("ENONET", format!("node {to} is lost"))),
-        MoveAnswer::OwnerLost => Err(failure("EHOSTDOWN", format!("a node was lost, perhaps with vCPU {vcpu}"))),
-    }
-}
-
 /// Opens the control socket, catches signals, and gives the guest the terminal; what it returns
 /// undoes that when dropped.
 fn attend_user(
     options: &Options,
     events: &Events,
-    user: &User<'_>,
+    admin: Admin,
 ) -> Result<(Option<Api>, Option<RawMode>), FrontError> {
     let no_thread = |error: io::Error| FrontError::System(format!("no thread: {}", errno::describe(&error)));
-    let status = {
-        let (name, placement) = (options.name.clone(), user.placement.clone());
-        let (names, statistics) = (user.names.to_vec(), user.statistics.clone());
-        move || {
-            let nodes = names.iter().zip(&placement.hosts).enumerate().map(|(node, (host, share))| {
-                json!({"node": node, "host": host, "vcpus": statistics.vcpus(node), "memory": share.memory,
-                    "statistics": statistics.of(node)})
-            });
-            json!({"name": name, "state": "running", "cpus": placement.cpus(), "memory": placement.memory(),
-                "nodes": nodes.collect::<Vec<_>>()})
-        }
-    };
-    let quit = events.sender.clone();
-    let (nodes, hosts) = (user.names.len(), user.hosts);
-    let answer = move |request| match request {
-        api::Request::Status => Ok(json!({"status": status()})),
-        api::Request::Stop => {
-            let _ = quit.send(FrontEvent::Quit("asked over the control socket".into()));
-            Ok(json!({}))
-        }
-        api::Request::Migrate { vcpu, node } => migrate(&vcpu, &node, nodes, hosts, &quit),
-    };
     let api = options
         .api
         .as_ref()
-        .map(|path| Api::listen(path, answer))
+        .map(|path| Api::listen(path, move |request| admin.answer(request)))
         .transpose()
         .map_err(FrontError::System)?;
     if !options.attach {
@@ -517,46 +485,4 @@ fn attend_user(
     })
     .map_err(no_thread)?;
     Ok((api, raw))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_can_not_be_moved_is_refused_by_distinct_errors() {
-        let (sender, receiver) = channel();
-        let answers = thread::spawn(move || {
-            let mut asked = Vec::new();
-            for event in receiver {
-                let FrontEvent::Migrate { vcpu, node, reply } = event else { continue };
-                asked.push((vcpu, node));
-                let answer = match (vcpu, node) {
-                    (9, _) => MoveAnswer::NoVcpu,
-                    (5, _) => MoveAnswer::Busy,
-                    (4, _) => MoveAnswer::OwnerLost,
-                    (_, 0) => MoveAnswer::AlreadyThere,
-                    _ => MoveAnswer::Moved(1),
-                };
-                reply.send(answer).unwrap();
-            }
-            asked
-        });
-        // Two nodes run; the file has three hosts.
-        let ask = |vcpu: Value, node: Value| migrate(&vcpu, &node, 2, 3, &sender);
-        let errno = |vcpu: Value, node: Value| ask(vcpu, node).unwrap_err().errno;
-        assert_eq!(ask(json!(0), json!(1)).unwrap()["moved"], true);
-        assert_eq!(ask(json!(0), json!(0)).unwrap()["moved"], false);
-        for node in [json!(99), json!(3), json!(-1), json!("abc"), json!(null), json!(1.5), json!(u64::MAX)] {
-            assert_eq!(errno(json!(0), node), "EINVAL");
-        }
-        assert_eq!(errno(json!(0), json!(2)), "ENONET");
-        assert_eq!([json!(9), json!(-1), json!("x")].map(|vcpu| errno(vcpu, json!(1))), ["ESRCH"; 3]);
-        assert_eq!([errno(json!(5), json!(1)), errno(json!(4), json!(1))], ["EAGAIN", "EHOSTDOWN"]);
-        drop(sender);
-        assert_eq!(answers.join().unwrap(), [(0, 1), (0, 0), (9, 1), (5, 1), (4, 1)]);
-        let (sender, receiver) = channel();
-        drop(receiver);
-        assert_eq!(migrate(&json!(0), &json!(1), 2, 2, &sender).unwrap_err().errno, "ECANCELED");
-    }
 }

@@ -4,12 +4,14 @@
 //! host, authenticates with each ([`handshake`], [`secret`]), places the machine and directs the
 //! nodes by [`message`]s over a [`link`]. The nodes connect their mesh and run the machine.
 
+mod admin;
 pub mod api;
 mod attend;
 mod console;
 pub mod daemon;
 pub mod errno;
 pub mod error;
+mod explain;
 pub mod frame;
 pub mod front;
 mod front_session;
@@ -29,4 +31,5 @@ pub mod secret;
 pub mod service;
 pub mod size;
 pub mod transport;
+pub mod vcpus;
 mod verdict;

@@ -257,7 +257,7 @@ mod tests {
         );
         let placement = placement.unwrap();
         assert_eq!(placement.cpus(), 5);
-        assert_eq!(placement.memory(), 2 * 768 << 20);
+        assert_eq!(placement.memory(), (2 * 768) << 20);
     }
 
     #[test]

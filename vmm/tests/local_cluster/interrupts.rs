@@ -69,7 +69,7 @@ const ROUNDS: u32 = 200;
 
 /// INIT, SIPI, interrupts there and back in lock step, NMI; a few times.
 fn exchange() -> Nodes {
-    let nodes = Nodes::new(plan(2, 2), |memory| {
+    Nodes::new(plan(2, 2), |memory| {
         boot::write_tables(memory).unwrap();
         let pieces = [
             (guest::BOOT, BOOT_CODE),
@@ -85,8 +85,7 @@ fn exchange() -> Nodes {
         put(memory, &[0x8100u32, 0x8300].map(u32::to_le_bytes).concat(), 0x40 * 4);
         put_gate(memory, 0x50, HANDLERS);
         put(memory, &[CYCLES, ROUNDS].map(u32::to_le_bytes).concat(), 0x620);
-    });
-    nodes
+    })
 }
 
 /// Everything happened as often as it should have.

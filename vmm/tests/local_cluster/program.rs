@@ -201,6 +201,21 @@ fn vcpus_move_as_asked_over_the_control_socket() {
     }
     let stays = migrate("1", "1");
     assert_eq!((&stays["ok"], &stays["moved"]), (&json!(true), &json!(false)), "{stays}");
+    // A pin takes it there, and nothing takes it away; a capability is obeyed, too.
+    let refused = |request: &str| program.ask(request)["errno"].clone();
+    let pinned = program.ask(r#"{"cmd":"pin","vcpu":1,"node":0}"#);
+    assert_eq!((&pinned["ok"], &pinned["moved"]), (&json!(true), &json!(true)), "{pinned}");
+    assert_eq!(refused(r#"{"cmd":"migrate","vcpu":1,"node":1}"#), "EPERM");
+    assert_eq!(program.ask(r#"{"cmd":"capset","vcpu":0,"migrate":false}"#)["ok"], true);
+    assert_eq!(refused(r#"{"cmd":"pin","vcpu":0,"node":1}"#), "EPERM");
+    let all = program.ask(r#"{"cmd":"migrate","vcpu":"all","node":1}"#);
+    assert_eq!((&all["moved"], all["refused"].as_array().map(Vec::len)), (&json!([]), Some(2)), "{all}");
+    assert_eq!(vcpus(), [json!([0, 1]), json!([])]);
+    assert_eq!(program.ask(r#"{"cmd":"pin","vcpu":1,"node":null}"#)["ok"], true);
+    assert_eq!(program.ask(r#"{"cmd":"capset","vcpu":"all","migrate":true}"#)["ok"], true);
+    let all = program.ask(r#"{"cmd":"migrate","vcpu":"all","node":"home"}"#);
+    assert_eq!((&all["moved"], &all["there"]), (&json!([{"vcpu": 1, "from": 0, "node": 1}]), &json!([{"vcpu": 0, "node": 0}])), "{all}");
+    assert_eq!(vcpus(), [json!([0]), json!([1])]);
     for round in 0..25 {
         for (vcpu, node) in [("0", round + 1), ("1", round)] {
             let answer = migrate(vcpu, &(node % 2).to_string());
