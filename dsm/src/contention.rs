@@ -9,6 +9,8 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 
+use crate::protocol::NodeId;
+
 /// Taken away sooner than this after it came, in microseconds, a page has bounced.
 const BOUNCE: u64 = 20_000;
 /// Pages that are remembered; the least contended are forgotten first.
@@ -24,6 +26,17 @@ struct Page {
     arrived: Option<u64>,
     /// (thread, faults), those that were seen most.
     threads: [(u32, u32); THREADS],
+    /// (thread, node that had the page, faults) since they were last taken.
+    fetches: [(u32, NodeId, u32); THREADS],
+}
+
+/// A page that threads here fetched more than once since the last [`Contention::take_fetched`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FetchedPage {
+    /// Page index.
+    pub page: u32,
+    /// Kernel id of a thread, the node that had the page, and how often.
+    pub fetches: Vec<(u32, NodeId, u32)>,
 }
 
 /// A contended page, as it is told.
@@ -60,6 +73,32 @@ impl Contention {
             // The newcomer takes over the count: who comes often is soon told from who came once.
             *least = (thread, least.1.saturating_add(1));
         }
+    }
+
+    /// `thread` here waited for a page, and `node` had it.
+    pub fn fetched(&mut self, page: u32, thread: u32, node: NodeId) {
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        if let Some(seen) = entry.fetches.iter_mut().find(|(id, had, count)| (*id, *had) == (thread, node) && *count > 0) {
+            seen.2 = seen.2.saturating_add(1);
+        } else if let Some(least) = entry.fetches.iter_mut().min_by_key(|(_, _, count)| *count) {
+            *least = (thread, node, least.2.saturating_add(1));
+        }
+    }
+
+    /// Of the pages fetched more than once since the last time the `most` that were fetched most.
+    pub fn take_fetched(&mut self, most: usize) -> Vec<FetchedPage> {
+        let total = |page: &Page| page.fetches.iter().fold(0u32, |sum, (_, _, count)| sum.saturating_add(*count));
+        let mut pages: Vec<(u32, u32)> = self.pages.iter().map(|(number, page)| (total(page), *number)).collect();
+        pages.retain(|(total, _)| *total > 1);
+        pages.sort_unstable_by_key(|(total, number)| (std::cmp::Reverse(*total), *number));
+        pages.truncate(most);
+        let fetched = |page: u32| {
+            let fetches = self.pages.get(&page)?.fetches.iter().copied().filter(|(_, _, count)| *count > 0);
+            Some(FetchedPage { page, fetches: fetches.collect() })
+        };
+        let told = pages.into_iter().filter_map(|(_, page)| fetched(page)).collect();
+        self.pages.values_mut().for_each(|page| page.fetches = Default::default());
+        told
     }
 
     /// A page that was waited for has come.
@@ -145,6 +184,32 @@ mod tests {
         let hot = c.hottest(2);
         assert_eq!(hot[0], HotPage { page: 1, faults: 10, bounces: 10, threads: vec![(100, 6), (101, 4)] });
         assert_eq!((hot[1].page, hot.len()), (2, 2));
+    }
+
+    #[test]
+    fn pages_fetched_again_and_again_are_told_with_who_had_them() {
+        let mut c = Contention::default();
+        let fetch = |c: &mut Contention, page, thread, node| {
+            c.fault(page, thread);
+            c.fetched(page, thread, node);
+        };
+        for _ in 0..3 {
+            fetch(&mut c, 1, 100, 2);
+            fetch(&mut c, 2, 100, 1);
+        }
+        fetch(&mut c, 1, 101, 2);
+        fetch(&mut c, 3, 100, 1);
+        c.fetched(9, 100, 1);
+        let taken = c.take_fetched(8);
+        assert_eq!(taken[0], FetchedPage { page: 1, fetches: vec![(100, 2, 3), (101, 2, 1)] });
+        assert_eq!((taken[1].page, taken.len()), (2, 2), "once is no contention");
+        assert_eq!(c.take_fetched(8), [], "they were taken");
+        assert_eq!(c.hottest(1)[0].faults, 4, "what people are told goes on");
+        for page in 1..4 {
+            fetch(&mut c, page, 100, 1);
+            fetch(&mut c, page, 100, 1);
+        }
+        assert_eq!(c.take_fetched(2).len(), 2);
     }
 
     #[test]

@@ -9,5 +9,6 @@ pub mod prefetch;
 mod priority;
 pub mod protocol;
 mod spin;
+pub mod stalls;
 pub mod trace;
 pub mod transport;

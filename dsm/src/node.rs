@@ -8,7 +8,7 @@
 mod cache;
 mod upkeep;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -18,10 +18,11 @@ use std::time::{Duration, Instant};
 use cache::Cache;
 pub use cache::Copies;
 
-use crate::contention::{Contention, HotPage};
+use crate::contention::{Contention, FetchedPage, HotPage};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
 use crate::protocol::{Access, Bug, Counters, Engine, Geometry, Input, MOST_AHEAD, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::stalls::{Part, Stalls, ThreadStalls, Waited};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 
@@ -120,21 +121,10 @@ struct State {
     /// Numbers of requests to give pages up: the next one, and those that are complete.
     next_free: u32,
     freed: Vec<u32>,
-    /// Pages this node waits for, since when.
-    waiting: HashMap<u32, Instant>,
-    waited: Waited,
+    stalls: Stalls,
     predictor: Predictor,
     /// Pages of streams still to be asked for: the first, and a bit for each.
     asks: VecDeque<(u32, u64)>,
-}
-
-/// How long faults took from the event's arrival here to the page's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Waited {
-    /// Faults that needed another node, or home.
-    pub faults: u64,
-    /// Sum of their times.
-    pub total: Duration,
 }
 
 /// The shared memory of one node.
@@ -214,7 +204,7 @@ impl Dsm {
             engine.plant(bug);
         }
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), waiting: HashMap::new(), waited: Waited::default(), predictor: Predictor::default(), asks: VecDeque::new() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), predictor: Predictor::default(), asks: VecDeque::new() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -318,7 +308,16 @@ impl Dsm {
 
     /// How long this node's faults took.
     pub fn waited(&self) -> Waited {
-        self.lock().as_ref().map(|s| s.waited).unwrap_or_default()
+        self.lock().as_ref().map(|s| s.stalls.waited()).unwrap_or_default()
+    }
+
+    /// What each thread here waited for since the last call, and the pages that were fetched more than once, the
+    /// `most` that were fetched most. Nothing before the start.
+    pub fn take_stalls(&self, most: usize) -> (Vec<ThreadStalls>, Vec<FetchedPage>) {
+        match self.lock().as_mut() {
+            Some(state) => (state.stalls.take(nanos(state.begun)), state.contention.take_fetched(most)),
+            None => Default::default(),
+        }
     }
 
     /// Has streams of read faults bring the pages ahead of them, as they do from the start, or not.
@@ -467,10 +466,13 @@ impl Dsm {
             guard = self.await_room(guard, page);
         }
         let Some(state) = guard.as_mut() else { return false };
-        let State { engine, memory, cache, out, encoded, roots_asked, freed, contention, begun, waiting, waited, .. } = state;
+        let State { engine, memory, cache, out, encoded, roots_asked, freed, contention, begun, stalls, .. } = state;
         let mut faulted = None;
         if let Input::Fault { page, .. } = input {
-            faulted = Some((page, Instant::now()));
+            faulted = Some((page, nanos(*begun)));
+        }
+        if let Input::Message { message, .. } = &input {
+            note_part(stalls, from as NodeId, message);
         }
         // Somebody else wants a page that is here.
         let wanted = match &input {
@@ -490,29 +492,26 @@ impl Dsm {
         if let Some((page, since)) = faulted {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
-                waiting.entry(page).or_insert(since);
+                stalls.fault(page, thread, since);
                 contention.fault(page, thread);
             }
         }
         // Whoever waits for a page that was lost is let go by the end of the machine, which the same loss
         // brings: the transport tells of it, here or to the node that told this one.
         for page in out.failed.drain(..) {
-            waiting.remove(&page);
+            stalls.failed(page, nanos(*begun));
         }
         for node in out.lost.drain(..) {
             tracing::info!(node, "nothing is shared with this node any more");
         }
-        let since_begin = |begun: &Instant| begun.elapsed().as_micros() as u64;
         if let Some(page) = wanted.filter(|page| result.is_ok() && engine.access(*page) == Access::Invalid) {
-            contention.taken(page, since_begin(begun));
+            contention.taken(page, nanos(*begun) / 1000);
         }
         for page in out.completed.drain(..) {
             cache.came(page);
-            contention.arrived(page, since_begin(begun));
-            if let Some(since) = waiting.remove(&page) {
-                waited.faults += 1;
-                waited.total += since.elapsed();
-            }
+            let now = nanos(*begun);
+            contention.arrived(page, now / 1000);
+            stalls.arrived(page, now, |thread, node| contention.fetched(page, thread, node));
         }
         if memory.copies() != copies {
             self.copies_changed(cache, copies, memory.copies());
@@ -582,6 +581,27 @@ impl Dsm {
                 client.failed(error);
             }
         }
+    }
+}
+
+/// Nanoseconds since `begun`.
+fn nanos(begun: Instant) -> u64 {
+    begun.elapsed().as_nanos() as u64
+}
+
+/// Notes what a message says of who had a page that threads here wait for.
+fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
+    match message {
+        Message::Data { page, .. } | Message::Replica { page, .. } | Message::Demoted { page, .. } => {
+            stalls.answered(*page, from, Part::Sent);
+        }
+        Message::Given { page, given, .. } => {
+            let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1);
+            bits.for_each(|bit| stalls.answered(page.saturating_add(bit), from, Part::Sent));
+        }
+        Message::InvalidateAck { page } => stalls.answered(*page, from, Part::Dropped),
+        Message::Grant { page, .. } => stalls.answered(*page, from, Part::Granted),
+        _ => {}
     }
 }
 

@@ -399,3 +399,42 @@ fn memory_that_is_given_up_is_zero_everywhere_and_takes_no_room() {
     nodes[1].dsm.free(1 << 40, 1 << 20);
     stop(&nodes);
 }
+
+/// Two threads on different nodes write to one page in turn; its home is a third node.
+#[test]
+fn who_waits_for_pages_is_known_with_the_node_that_had_them() {
+    const TURNS: u64 = 20;
+    let nodes = cluster(3);
+    let page = 30;
+    let turns = AtomicU64::new(0);
+    let threads: Vec<u32> = std::thread::scope(|scope| {
+        let writers = [0, 2].map(|node| {
+            let (nodes, turns) = (&nodes, &turns);
+            scope.spawn(move || {
+                let mine = node as u64 / 2;
+                for turn in (0..TURNS).filter(|turn| turn % 2 == mine) {
+                    while turns.load(SeqCst) != turn {
+                        std::thread::yield_now();
+                    }
+                    nodes[node].word(page, 0).fetch_add(1, SeqCst);
+                    turns.store(turn + 1, SeqCst);
+                }
+                // SAFETY: it takes nothing and can't fail.
+                u32::try_from(unsafe { libc::gettid() }).unwrap()
+            })
+        });
+        writers.map(|writer| writer.join().unwrap()).into()
+    });
+    for (node, other, thread) in [(0, 2, threads[0]), (2, 0, threads[1])] {
+        let (stalls, pages) = nodes[node].dsm.take_stalls(16);
+        let told = stalls.iter().find(|told| told.thread == thread).unwrap();
+        let faults = told.sources.iter().find(|(source, _)| *source == other).unwrap().1;
+        assert!(u64::from(faults) >= TURNS / 2 - 1, "{told:?}");
+        assert!(told.stalled > 0 && !told.waits && told.footprint == 1, "{told:?}");
+        let fetched = pages.iter().find(|told| told.page == page).unwrap();
+        assert!(fetched.fetches.contains(&(thread, other, faults)), "{fetched:?}");
+        assert_eq!(nodes[node].dsm.take_stalls(16).1, [], "taken");
+    }
+    assert!(nodes[1].dsm.take_stalls(16).0.is_empty(), "nobody waited at home");
+    stop(&nodes);
+}
