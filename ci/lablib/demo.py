@@ -139,7 +139,7 @@ class Demo:
         """The image on both hosts."""
         if self.machine:
             self.machine.close()
-        self.boot("two", "two-hosts", self.limits["two hosts: boot"], ["--nodes", "/tmp/hosts.txt"],
+        self.boot("two", "two-hosts", self.limits["two hosts: boot"], ["--nodes", "/tmp/hosts.txt", "--sched", "off"],
                   f"{self.hosts.emulation_options()} loglevel=7")
 
     def look_around(self):

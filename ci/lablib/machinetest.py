@@ -96,8 +96,10 @@ class MachineTests:
                 say(f"     the node daemon on {host} has ended: {self.hosts.node_log(host) or 'without a word'}; started again")
                 self.hosts.start_node(host)
         self.programs_disk()
+        # Steps say what runs where; the scheduler would bring CPUs that share pages together.
+        sched = [] if "--sched" in options else ["--sched", "off"]
         arguments = ["--nodes", "/tmp/hosts.txt", "--disk", PROGRAMS, "--append", f"{self.hosts.emulation_options()} {append}",
-                     *options, IMAGE]
+                     *sched, *options, IMAGE]
         return Machine(self.hosts, name, arguments, LOGS)
 
     def all_cpus_up(self, name, *options, nodes=2, cpus=2):

@@ -119,7 +119,7 @@ class Guests:
         """A guest of krg-vmm over h0 and h1 with its loops on h0: memory only that host uses."""
         lines = "".join(f"{address(n)} cpus=1 mem={self.memory}M\n" for n in range(2))
         self.hosts.shell("h0", f"printf '%s' '{lines}' >/tmp/hosts.txt")
-        return self.krg_vmm("--nodes", "/tmp/hosts.txt", append=slow)
+        return self.krg_vmm("--nodes", "/tmp/hosts.txt", "--sched", "off", append=slow)
 
 
 class Figures:

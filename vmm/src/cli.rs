@@ -3,10 +3,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use krg_scheduler::Request;
+use krg_scheduler::{NAMES, Request};
 use krg_vmm::cluster::front::Options;
 use krg_vmm::cluster::hosts::DEFAULT_PORT;
+use krg_vmm::cluster::schedule::{self, Wanted};
 use krg_vmm::cluster::size;
 use krg_vmm::cluster::transport::Wish;
 use krg_vmm::node::{BootSpec, PageTables};
@@ -113,9 +115,20 @@ pub struct Guest {
     /// What the hosts talk over
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub transport: TransportOption,
+    /// Who decides where vCPUs run: a policy of the scheduler, or nobody but the user (off)
+    #[arg(long, value_name = "POLICY", default_value = NAMES[0], value_parser = policies())]
+    pub sched: String,
+    /// Write all of the scheduler's decisions with their inputs here, a JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub sched_log: Option<PathBuf>,
     /// File with the cluster's secret, the same on every host [default: ~/.config/krg-vmm/secret]
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
+}
+
+/// What `--sched` takes.
+fn policies() -> PossibleValuesParser {
+    NAMES.into_iter().chain([schedule::OFF]).collect::<Vec<_>>().into()
 }
 
 /// `--page-tables`.
@@ -175,6 +188,7 @@ impl Guest {
                 TransportOption::Rdma => Wish::Rdma,
                 TransportOption::Tcp => Wish::Tcp,
             },
+            sched: Wanted { policy: self.sched, log: self.sched_log },
             secret_file: self.secret_file,
             program,
             attach: true,

@@ -7,6 +7,7 @@ mod boot;
 mod console;
 mod devices;
 mod fabric;
+mod measure;
 mod report;
 mod shared;
 mod single;
@@ -24,6 +25,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::{End, Machine, MoveError};
 use crate::ownership::Outcome;
+
+pub use measure::{INTERVAL, MOST_PAGES, NodeLoad, PageFetches, VcpuMeasure, VcpuState};
 
 /// How page-table pages that several hosts walk are kept (`--page-tables`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +142,8 @@ pub trait NodeOutput: Send + Sync {
     fn event(&self, line: &str, json: serde_json::Value);
     /// What came of the move that was asked for under `id`. Not called if the machine ends first.
     fn moved(&self, id: u64, answer: MoveAnswer);
+    /// What the vCPUs here did since the last time.
+    fn load(&self, load: NodeLoad);
 }
 
 /// What came of a move.

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use krg_scheduler::Request;
 use krg_vmm::cluster::front::{self, Options};
 use krg_vmm::cluster::report::Reporter;
+use krg_vmm::cluster::schedule::Wanted;
 use krg_vmm::cluster::service;
 use krg_vmm::cluster::transport::Wish;
 use krg_vmm::node::{BootSpec, MoveAnswer, NodeEnd, NodeInput, NodeOutput, NodeSpec, PageTables};
@@ -133,6 +134,7 @@ fn front_end(hosts: &Path, api: &Path, secret: Option<&String>) -> ExitCode {
         api: Some(api.into()),
         page_tables: PageTables::Auto,
         transport: Wish::Auto,
+        sched: Wanted::default(),
         secret_file: secret.map(PathBuf::from),
         program: std::env::current_exe().unwrap(),
         attach: true,

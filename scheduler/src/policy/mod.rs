@@ -82,23 +82,28 @@ pub enum Reason {
     },
 }
 
-impl fmt::Display for Decision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Decision { vcpu, from, to, reason } = self;
-        write!(f, "vCPU {vcpu} from node {from} to node {to}: ")?;
+impl Decision {
+    /// Why it goes there, as a sentence.
+    pub fn why(&self) -> String {
+        let Decision { from, to, reason, .. } = self;
         match reason {
-            Reason::Pinned => write!(f, "it is pinned there"),
+            Reason::Pinned => "it is pinned there".into(),
             Reason::Imbalance { from_load, to_load } => {
-                write!(f, "node {from} has {from_load:.2} CPUs' work for each CPU, node {to} {to_load:.2}")
+                format!("node {from} has {from_load:.2} CPUs' work for each CPU, node {to} {to_load:.2}")
             }
-            Reason::Together { with, per_second, gain } => write!(
-                f,
+            Reason::Together { with, per_second, gain } => format!(
                 "it and vCPU {with} there take pages from each other, {per_second:.0} a second; together they gain {gain:.2} CPUs"
             ),
             Reason::Pages { per_second, gain } => {
-                write!(f, "it fetches {per_second:.0} pages a second from there; close to them it gains {gain:.2} CPUs")
+                format!("it fetches {per_second:.0} pages a second from there; close to them it gains {gain:.2} CPUs")
             }
         }
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vCPU {} from node {} to node {}: {}", self.vcpu, self.from, self.to, self.why())
     }
 }
 

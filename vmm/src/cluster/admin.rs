@@ -28,29 +28,6 @@ pub trait Scheduling: Send + Sync {
     fn explain(&self, vcpu: u32) -> Value;
 }
 
-/// Nobody decides but the user: vCPUs stay where they are.
-pub struct Unscheduled;
-
-impl Scheduling for Unscheduled {
-    fn show(&self) -> Value {
-        json!({"policy": "static"})
-    }
-
-    fn set(&self, policy: &str) -> Result<(), Failure> {
-        match policy {
-            "static" => Ok(()),
-            _ if policy == "off" || krg_scheduler::named(policy).is_some() => {
-                Err(Failure::new("EOPNOTSUPP", format!("policy {policy}: nothing schedules this machine")))
-            }
-            _ => Err(no_policy(policy)),
-        }
-    }
-
-    fn explain(&self, _: u32) -> Value {
-        Value::Null
-    }
-}
-
 /// There is no such policy.
 pub fn no_policy(name: &str) -> Failure {
     Failure::new("EINVAL", format!("there is no policy {name:?}; there are {} and off", krg_scheduler::NAMES.join(", ")))
@@ -322,6 +299,7 @@ mod tests {
 
     use krg_scheduler::HostShare;
 
+    use super::super::schedule::{Schedule, Wanted};
     use super::*;
 
     /// A machine of two nodes, of three hosts in the file, with vCPUs 0 and 1 on node 0, 2 and 3 on node 1. vCPU 2
@@ -332,14 +310,15 @@ mod tests {
         let (events, asked) = channel();
         let statistics = Statistics::default();
         statistics.start(&placement);
+        let wishes = Wishes::new(4);
         let admin = Admin {
             name: "m".into(),
             placement,
             names: vec!["a".into(), "b".into()],
             hosts: 3,
             statistics: statistics.clone(),
-            wishes: Wishes::new(4),
-            scheduling: Arc::new(Unscheduled),
+            scheduling: Arc::new(Schedule::new(&Wanted { policy: "off".into(), log: None }, vec![2, 2], wishes.clone()).unwrap()),
+            wishes,
             events,
         };
         let nodes = thread::spawn(move || {
@@ -478,13 +457,13 @@ mod tests {
     }
 
     #[test]
-    fn without_a_scheduler_nobody_pretends_to_be_one() {
+    fn who_schedules_is_shown_and_changed() {
         let (admin, _nodes) = machine();
         let sched = |policy: Option<&str>| admin.answer(Request::Sched { policy: policy.map(Into::into) });
-        assert_eq!(sched(None).unwrap()["sched"]["policy"], "static");
-        assert_eq!(sched(Some("static")).unwrap()["sched"]["policy"], "static");
-        assert_eq!(sched(Some("affinity")).unwrap_err().errno, "EOPNOTSUPP");
-        assert_eq!(sched(Some("off")).unwrap_err().errno, "EOPNOTSUPP");
+        assert_eq!(sched(None).unwrap()["sched"]["policy"], "off");
+        assert_eq!(sched(Some("balance")).unwrap()["sched"]["policy"], "balance");
+        assert_eq!(admin.status()["sched"]["policy"], "balance");
+        assert_eq!(sched(Some("off")).unwrap()["sched"]["policy"], "off");
     }
 
     #[test]

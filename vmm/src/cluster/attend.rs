@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use krg_scheduler::Placement;
+use krg_scheduler::{Decision, Placement};
 use serde_json::{Value, json};
 
 use super::console::{self, Typed};
@@ -14,8 +14,9 @@ use super::daemon::STOP_LIMIT;
 use super::link::LinkSender;
 use super::message::{FromNode, ToNode};
 use super::report::Reporter;
+use super::schedule::Schedule;
 use super::verdict::{Ending, Ends};
-use crate::node::{MoveAnswer, NodeEnd, NodeInput};
+use crate::node::{MoveAnswer, NodeEnd, NodeInput, NodeLoad, VcpuMeasure};
 
 /// How long the other nodes may take to report after a loss or failure. With the silence that
 /// shows a loss it stays under 5 s.
@@ -52,6 +53,8 @@ pub enum NodeEvent {
     Console(Vec<u8>),
     /// A line worth showing.
     Event(String, Value),
+    /// What its vCPUs did.
+    Load(Box<NodeLoad>),
     /// What came of a move.
     Migrated(u64, MoveAnswer),
     /// It ended.
@@ -102,13 +105,15 @@ pub struct Statistics(Arc<Mutex<Told>>);
 struct Told {
     begun: Instant,
     counted: BTreeMap<usize, Value>,
+    /// What each node's vCPUs did when they were measured last.
+    measured: BTreeMap<usize, Vec<VcpuMeasure>>,
     /// Node and epoch of each vCPU's owner.
     owners: Vec<(usize, u64)>,
 }
 
 impl Default for Told {
     fn default() -> Self {
-        Self { begun: Instant::now(), counted: BTreeMap::new(), owners: Vec::new() }
+        Self { begun: Instant::now(), counted: BTreeMap::new(), measured: BTreeMap::new(), owners: Vec::new() }
     }
 }
 
@@ -116,12 +121,26 @@ impl Statistics {
     /// A machine starts: its vCPUs are where they were placed.
     pub fn start(&self, placement: &Placement) {
         let owners = (0..placement.cpus()).map(|vcpu| (placement.owner(vcpu).unwrap_or(0), 0));
-        self.lock().owners = owners.collect();
+        let mut told = self.lock();
+        told.owners = owners.collect();
+        told.measured.clear();
     }
 
-    /// The last word of a node; null if it has said nothing yet.
+    /// The last word of a node, with the newest measurements of its vCPUs as `vcpu_loads`; null if it has said
+    /// nothing yet.
     pub fn of(&self, node: usize) -> Value {
-        self.lock().counted.get(&node).cloned().unwrap_or_default()
+        let told = self.lock();
+        let mut figures = told.counted.get(&node).cloned().unwrap_or_default();
+        if let Some(measured) = told.measured.get(&node) {
+            let here = |m: &&VcpuMeasure| told.owners.get(m.vcpu as usize) == Some(&(node, m.epoch));
+            figures["vcpu_loads"] = measured.iter().filter(here).map(|measured| json!(measured)).collect();
+        }
+        figures
+    }
+
+    /// Node and epoch of each vCPU's owner.
+    fn owners(&self) -> Vec<(usize, u64)> {
+        self.lock().owners.clone()
     }
 
     /// The node that runs a vCPU; `None`: there is no such vCPU.
@@ -181,6 +200,21 @@ pub struct Attended<'a> {
     pub reporter: Reporter,
     /// Where the nodes' figures are kept.
     pub statistics: Statistics,
+    /// Who decides where vCPUs run.
+    pub schedule: Schedule,
+}
+
+/// Who asked for a move.
+enum Asker {
+    User(Sender<MoveAnswer>),
+    Scheduler(Decision),
+}
+
+/// Moves that are under way, by number.
+#[derive(Default)]
+struct Moves {
+    asked: BTreeMap<u64, (u32, usize, Asker)>,
+    next: u64,
 }
 
 impl Attended<'_> {
@@ -190,8 +224,7 @@ impl Attended<'_> {
         let mut ends = Ends::new(self.names.clone());
         let mut quit: Option<String> = None;
         let mut end_by: Option<Instant> = None;
-        let mut moves: BTreeMap<u64, (u32, usize, Sender<MoveAnswer>)> = BTreeMap::new();
-        let mut next_move = 0;
+        let mut moves = Moves::default();
         while !ends.all() {
             let event = match end_by {
                 None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -217,20 +250,15 @@ impl Attended<'_> {
                     None
                 }
                 FrontEvent::Node(_, NodeEvent::Migrated(id, answer)) => {
-                    if let Some((vcpu, node, reply)) = moves.remove(&id) {
-                        if let MoveAnswer::Moved(epoch) = answer {
-                            self.statistics.moved(vcpu.into(), node, epoch);
-                        }
-                        // Who asked may be gone.
-                        let _ = reply.send(answer);
-                    }
+                    self.moved(&mut moves, id, answer);
+                    None
+                }
+                FrontEvent::Node(node, NodeEvent::Load(load)) => {
+                    self.measured(node, *load, end_by.is_some(), &mut moves);
                     None
                 }
                 FrontEvent::Migrate { vcpu, node, reply } => {
-                    // Node 0 passes it on to the node that runs the vCPU.
-                    self.ports[0].migrate(next_move, vcpu, node);
-                    moves.insert(next_move, (vcpu, node, reply));
-                    next_move += 1;
+                    self.migrate(&mut moves, vcpu, node, Asker::User(reply));
                     None
                 }
                 FrontEvent::Node(node, NodeEvent::Answer(answer)) => {
@@ -269,6 +297,45 @@ impl Attended<'_> {
             (Some(reason), _) => (Ending::Stopped(reason), all),
             (None, Some(ending)) => (ending, all),
             (None, None) => (Ending::Stopped("no node is left".into()), all),
+        }
+    }
+
+    /// Has a vCPU moved: node 0 passes it on to the node that runs it.
+    fn migrate(&self, moves: &mut Moves, vcpu: u32, node: usize, asker: Asker) {
+        self.ports[0].migrate(moves.next, vcpu, node);
+        moves.asked.insert(moves.next, (vcpu, node, asker));
+        moves.next += 1;
+    }
+
+    /// A move is over.
+    fn moved(&self, moves: &mut Moves, id: u64, answer: MoveAnswer) {
+        let Some((vcpu, node, asker)) = moves.asked.remove(&id) else { return };
+        if let MoveAnswer::Moved(epoch) = answer {
+            self.statistics.moved(vcpu.into(), node, epoch);
+        }
+        match asker {
+            // Who asked may be gone.
+            Asker::User(reply) => drop(reply.send(answer)),
+            Asker::Scheduler(decision) => {
+                self.schedule.ended(&decision, answer);
+                let event = json!({"event": "scheduled", "vcpu": vcpu, "from": decision.from, "to": node,
+                    "reason": decision.why(), "moved": matches!(answer, MoveAnswer::Moved(_))});
+                self.reporter.event("", &event);
+            }
+        }
+    }
+
+    /// A node measured its vCPUs: the scheduler may want some moved, unless the machine is ending.
+    fn measured(&self, node: usize, load: NodeLoad, ending: bool, moves: &mut Moves) {
+        let vcpus = load.vcpus.clone();
+        let decisions = match self.schedule.report(node, load, &self.statistics.owners()) {
+            Ok(decisions) => decisions,
+            Err(error) => return tracing::warn!(node, %error, "a node's measurement is not used"),
+        };
+        self.statistics.lock().measured.insert(node, vcpus);
+        for decision in decisions.into_iter().filter(|_| !ending) {
+            let (vcpu, to) = (decision.vcpu, decision.to);
+            self.migrate(moves, vcpu, to, Asker::Scheduler(decision));
         }
     }
 
@@ -327,7 +394,10 @@ fn with_node(mut json: Value, node: usize) -> Value {
 mod tests {
     use std::sync::mpsc::channel;
 
+    use super::super::schedule::Wanted;
+    use super::super::vcpus::Wishes;
     use super::*;
+    use crate::node::VcpuState;
 
     /// Attends two nodes in this process to which `events` happen; returns what each was told too.
     fn attend(events: Vec<FrontEvent>) -> (Ending, bool, Vec<Vec<NodeInput>>) {
@@ -335,12 +405,18 @@ mod tests {
     }
 
     fn attend_with(events: Vec<FrontEvent>, statistics: Statistics) -> (Ending, bool, Vec<Vec<NodeInput>>) {
+        attend_by("off", events, statistics)
+    }
+
+    fn attend_by(policy: &str, events: Vec<FrontEvent>, statistics: Statistics) -> (Ending, bool, Vec<Vec<NodeInput>>) {
         let (sender, receiver) = channel();
         let (ports, inputs): (Vec<_>, Vec<_>) = (0..2).map(|_| channel()).unzip();
         for event in events {
             sender.send(event).unwrap();
         }
+        let wanted = Wanted { policy: policy.into(), log: None };
         let attended = Attended {
+            schedule: Schedule::new(&wanted, vec![1, 1], Wishes::new(3)).unwrap(),
             ports: ports.into_iter().map(Port::Here).collect(),
             names: vec!["a".into(), "b".into()],
             events: &receiver,
@@ -414,6 +490,53 @@ mod tests {
         assert!(matches!(told[0][0], NodeInput::Migrate { id: 0, vcpu: 1, node: 1 }));
         assert_eq!(answer.recv(), Ok(MoveAnswer::Moved(1)));
         assert_eq!((statistics.vcpus(0), statistics.vcpus(1)), (vec![0, 2], vec![1]));
+    }
+
+    /// A node's report: these vCPUs run all the time, half of it without a CPU.
+    fn crowded(node: usize, vcpus: &[(u32, u64)]) -> FrontEvent {
+        let measured = |&(vcpu, epoch): &(u32, u64)| VcpuMeasure {
+            vcpu,
+            epoch,
+            ran: 0.5,
+            waited: 0.5,
+            stalled: 0.0,
+            faults: vec![(1 - node, 2.0)],
+            footprint: 0,
+            state: VcpuState::Running,
+        };
+        let vcpus = vcpus.iter().map(measured).collect();
+        FrontEvent::Node(node, NodeEvent::Load(Box::new(NodeLoad { vcpus, ..NodeLoad::default() })))
+    }
+
+    #[test]
+    fn what_nodes_measure_is_kept_and_the_scheduler_has_its_moves_made() {
+        let machine = || {
+            let statistics = Statistics::default();
+            let share = |vcpus: Vec<u32>| krg_scheduler::HostShare { vcpus, memory: 0 };
+            statistics.start(&Placement { hosts: vec![share(vec![0, 1, 2]), share(vec![])] });
+            statistics
+        };
+        let ends = || [ended(1, NodeEnd::PowerOff), ended(0, NodeEnd::PowerOff)];
+        let (statistics, loads) = (machine(), || [crowded(1, &[]), crowded(0, &[(0, 0), (1, 0), (2, 0)])]);
+        let answer = FrontEvent::Node(0, NodeEvent::Migrated(0, MoveAnswer::Moved(1)));
+        let events = loads().into_iter().chain([answer]).chain(ends()).collect();
+        let (_, _, told) = attend_by("affinity", events, statistics.clone());
+        let NodeInput::Migrate { id: 0, vcpu, node: 1 } = told[0][0] else { panic!("nothing moves") };
+        assert_eq!(statistics.vcpus(1), [vcpu as usize]);
+        let loads_of = |node: usize| statistics.of(node)["vcpu_loads"].as_array().map(Vec::len);
+        assert_eq!((loads_of(0), loads_of(1)), (Some(2), Some(0)), "the one that moved is not measured yet");
+        assert_eq!(statistics.of(0)["vcpu_loads"][0]["faults"], json!([[1, 2.0]]));
+        assert_eq!(statistics.of(0)["vcpu_loads"][0]["state"], "running");
+        // Not what can't be, not if it is off, and not when the machine is ending.
+        let nonsense = [crowded(1, &[]), crowded(0, &[(0, 0), (1, 0), (7, 0)])];
+        for (policy, events) in [
+            ("affinity", nonsense.into_iter().chain(ends()).collect::<Vec<_>>()),
+            ("off", loads().into_iter().chain(ends()).collect()),
+            ("affinity", [FrontEvent::Quit("enough".into())].into_iter().chain(loads()).chain(ends()).collect()),
+        ] {
+            let (_, _, told) = attend_by(policy, events, machine());
+            assert!(told.iter().flatten().all(|input| !matches!(input, NodeInput::Migrate { .. })), "{policy}");
+        }
     }
 
     #[test]

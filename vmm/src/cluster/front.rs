@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::admin::{Admin, Unscheduled};
+use super::admin::Admin;
 use super::api::Api;
 use super::attend::{Attended, FrontEvent, NodeEvent, Port, Statistics};
 use super::console::{RawMode, read_input};
@@ -28,13 +28,14 @@ use super::hosts::HostsFile;
 use super::local::name_in;
 use super::plan::{self, Candidate};
 use super::report::Reporter;
+use super::schedule::{Schedule, Wanted};
 use super::secret::Secret;
 use super::size;
 use super::transport::{self, Wish};
 use super::vcpus::Wishes;
 use super::verdict::Ending;
 use crate::machine::cpuid_common::common_subset;
-use crate::node::{BootSpec, CpuidLeaf, DiskSpec, MoveAnswer, NodeEnd, NodeOutput, NodeSpec, NodeTransport, PageTables};
+use crate::node::{BootSpec, CpuidLeaf, DiskSpec, MoveAnswer, NodeEnd, NodeLoad, NodeOutput, NodeSpec, NodeTransport, PageTables};
 
 /// Most memory that a machine on this host alone gets without `--memory`.
 const DEFAULT_MEMORY: u64 = 4 << 30;
@@ -62,6 +63,8 @@ pub struct Options {
     pub page_tables: PageTables,
     /// What the nodes are to talk over.
     pub transport: Wish,
+    /// Who decides where vCPUs run.
+    pub sched: Wanted,
     /// Secret file.
     pub secret_file: Option<PathBuf>,
     /// This program, to be started as a node.
@@ -146,6 +149,7 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
     let mut cluster = Cluster::new(nodes, &events.sender)?;
     let statistics = Statistics::default();
     let wishes = Wishes::new(placement.cpus());
+    let schedule = Schedule::new(&options.sched, plan::cpus(&candidates), wishes.clone())?;
     let admin = Admin {
         name: options.name.clone(),
         placement: placement.clone(),
@@ -153,13 +157,14 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
         hosts,
         statistics: statistics.clone(),
         wishes: wishes.clone(),
-        scheduling: Arc::new(Unscheduled),
+        scheduling: Arc::new(schedule.clone()),
         events: events.sender.clone(),
     };
     let _guards = attend_user(options, events, admin)?;
     let ending = loop {
         statistics.start(&placement);
         wishes.restarted();
+        schedule.start();
         let running = cluster
             .prepare(specs.clone(), &events.receiver)?
             .connect(&events.receiver)?
@@ -172,6 +177,7 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
             events: &events.receiver,
             reporter: events.reporter,
             statistics: statistics.clone(),
+            schedule: schedule.clone(),
         };
         match attended.run() {
             (Ending::Reset, true) => {
@@ -208,6 +214,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
     let names = spec.host_names.clone();
     let statistics = Statistics::default();
     let wishes = Wishes::new(placement.cpus());
+    let schedule = Schedule::new(&options.sched, plan::cpus(&candidates), wishes.clone())?;
     let admin = Admin {
         name: options.name.clone(),
         placement: placement.clone(),
@@ -215,13 +222,14 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
         hosts: 1,
         statistics: statistics.clone(),
         wishes: wishes.clone(),
-        scheduling: Arc::new(Unscheduled),
+        scheduling: Arc::new(schedule.clone()),
         events: events.sender.clone(),
     };
     let _guards = attend_user(options, events, admin)?;
     let ending = loop {
         statistics.start(&placement);
         wishes.restarted();
+        schedule.start();
         let (input, typed) = channel();
         let (runner, spec, sender) = (runner.clone(), spec.clone(), events.sender.clone());
         let output = Arc::new(Here(sender.clone()));
@@ -243,6 +251,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
             events: &events.receiver,
             reporter: events.reporter,
             statistics: statistics.clone(),
+            schedule: schedule.clone(),
         };
         match attended.run() {
             (Ending::Reset, true) => events.reporter.event("the guest restarts", &json!({"event": "reset"})),
@@ -266,6 +275,10 @@ impl NodeOutput for Here {
 
     fn moved(&self, id: u64, answer: MoveAnswer) {
         let _ = self.0.send(FrontEvent::Node(0, NodeEvent::Migrated(id, answer)));
+    }
+
+    fn load(&self, load: NodeLoad) {
+        let _ = self.0.send(FrontEvent::Node(0, NodeEvent::Load(Box::new(load))));
     }
 }
 

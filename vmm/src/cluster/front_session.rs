@@ -199,6 +199,7 @@ fn event_of(incoming: Incoming<FromNode>) -> NodeEvent {
         Incoming::Lost(reason) => NodeEvent::Lost(reason),
         Incoming::Message(FromNode::Console(bytes)) => NodeEvent::Console(bytes),
         Incoming::Message(FromNode::Event { line, json }) => NodeEvent::Event(line, json),
+        Incoming::Message(FromNode::Load(load)) => NodeEvent::Load(load),
         Incoming::Message(FromNode::Migrated { id, answer }) => NodeEvent::Migrated(id, answer),
         Incoming::Message(FromNode::Ended(end)) => NodeEvent::Ended(end),
         Incoming::Message(answer) => NodeEvent::Answer(answer),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! front end   Hello  -> Ping* -> Prepare -> Connect -> Start -> Console*, Migrate*, Stop
-//! node        Offer  -> Pong* -> Prepared -> Ready  -> Console*, Event*, Migrated*, Ended
+//! node        Offer  -> Pong* -> Prepared -> Ready  -> Console*, Event*, Load*, Migrated*, Ended
 //! ```
 //!
 //! After `Ended` the node waits for another `Prepare`. `Refused` may take the place of any answer
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::latin1;
 use super::hosts::MAX_HOSTS;
 use super::offer::Offer;
-use crate::node::{MoveAnswer, NodeEnd, NodeSpec};
+use crate::node::{MoveAnswer, NodeEnd, NodeLoad, NodeSpec};
 
 /// From the front end to a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -118,6 +118,8 @@ pub enum FromNode {
         /// For programs.
         json: serde_json::Value,
     },
+    /// What its vCPUs did since the last time.
+    Load(Box<NodeLoad>),
     /// What came of a move.
     Migrated {
         /// The front end's number for it.
@@ -156,6 +158,7 @@ impl FromNode {
             Self::Ready => "Ready",
             Self::Console(_) => "Console",
             Self::Event { .. } => "Event",
+            Self::Load(_) => "Load",
             Self::Migrated { .. } => "Migrated",
             Self::Ended(_) => "Ended",
         }

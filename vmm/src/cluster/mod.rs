@@ -27,6 +27,7 @@ pub mod offer;
 pub mod plan;
 mod probe;
 pub mod report;
+pub mod schedule;
 pub mod secret;
 pub mod service;
 pub mod size;

@@ -15,7 +15,7 @@ use super::handshake::HANDSHAKE_LIMIT;
 use super::link::{Incoming, Link, LinkSender};
 use super::mesh::{self, Acceptance, PeerResult};
 use super::message::{FromNode, Prepare, ToNode};
-use crate::node::{MoveAnswer, NodeEnd, NodeInput, NodeOutput};
+use crate::node::{MoveAnswer, NodeEnd, NodeInput, NodeLoad, NodeOutput};
 
 /// How long the peers may take to connect.
 const MESH_LIMIT: Duration = Duration::from_secs(10);
@@ -354,5 +354,9 @@ impl NodeOutput for Output {
 
     fn moved(&self, id: u64, answer: MoveAnswer) {
         let _ = self.0.send(FromNode::Migrated { id, answer });
+    }
+
+    fn load(&self, load: NodeLoad) {
+        let _ = self.0.send(FromNode::Load(Box::new(load)));
     }
 }

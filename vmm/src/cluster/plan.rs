@@ -106,6 +106,11 @@ pub fn plan(hosts: &[Candidate], request: Request) -> Result<Placement, PlanErro
     Ok(placement)
 }
 
+/// CPUs that each host has for vCPUs.
+pub fn cpus(hosts: &[Candidate]) -> Vec<u32> {
+    hosts.iter().map(|host| cpus_of(host, neighbours(host, hosts).0)).collect()
+}
+
 /// Bytes of copies of other hosts' pages that each host may hold.
 ///
 /// # Errors
@@ -159,15 +164,20 @@ fn neighbours(host: &Candidate, hosts: &[Candidate]) -> (u64, bool) {
     (count as u64, count > 1)
 }
 
+/// CPUs of a host that is one of `count` on its machine: what its line says, or its part.
+fn cpus_of(host: &Candidate, count: u64) -> u32 {
+    let part = u32::try_from(count).unwrap_or(u32::MAX);
+    host.line.cpus.unwrap_or((host.offer.cpus / part).max(1))
+}
+
 /// What `host` puts in: what its line says, or its part of what its machine has.
 fn share_of(host: &Candidate, hosts: &[Candidate]) -> Result<HostOffer, PlanError> {
     let (count, _) = neighbours(host, hosts);
     if let Some(asked) = host.line.memory {
         check_memory(host, asked)?;
     }
-    let part = u32::try_from(count).unwrap_or(u32::MAX);
     Ok(HostOffer {
-        cpus: host.line.cpus.unwrap_or((host.offer.cpus / part).max(1)),
+        cpus: cpus_of(host, count),
         memory: host
             .line
             .memory

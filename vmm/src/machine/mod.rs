@@ -245,6 +245,13 @@ impl Machine {
         self.shared.owners.owner(vcpu)
     }
 
+    /// The thread (its kernel id) that runs `vcpu` on this node, and the epoch; `None` if it runs elsewhere.
+    pub fn running(&self, vcpu: u32) -> Option<(u32, u64)> {
+        let (_, epoch) = self.shared.owners.owner(vcpu).filter(|_| self.shared.owners.runs_here(vcpu))?;
+        let thread = self.shared.owners.duty(vcpu).thread.load(Ordering::SeqCst);
+        u32::try_from(thread).ok().filter(|thread| *thread != 0).map(|thread| (thread, epoch))
+    }
+
     /// A node is lost: nothing waits for it any more.
     pub fn lose(&self, node: usize) {
         self.shared.owners.lose(node);

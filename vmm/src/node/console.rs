@@ -71,6 +71,7 @@ mod tests {
         }
         fn event(&self, _: &str, _: serde_json::Value) {}
         fn moved(&self, _: u64, _: crate::node::MoveAnswer) {}
+        fn load(&self, _: crate::node::NodeLoad) {}
     }
 
     #[test]

@@ -20,6 +20,7 @@ use serde_json::json;
 
 use super::console::Console;
 use super::fabric::Cluster;
+use super::measure::{self, Measure};
 use super::{
     Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, NodeTransport, PageTables, boot, devices, end_of, forward, migrate, report, tsc,
 };
@@ -336,19 +337,28 @@ impl Node<'_> {
     /// Until the machine ends.
     fn wait(&self) -> NodeEnd {
         let mut next = Instant::now() + REPORT_INTERVAL;
+        let mut measure = Measure::new(self.spec.node, self.spec.placement.cpus());
+        let mut next_measure = Instant::now() + measure::INTERVAL;
         loop {
             let now = Instant::now();
             if now >= next {
                 report::statistics(self.spec, &self.machine, &self.dsm, self.output);
                 next = now + REPORT_INTERVAL;
             }
-            match self.happenings.recv_timeout(next.saturating_duration_since(now)) {
+            if now >= next_measure {
+                measure.tell(&self.machine, Some(&self.dsm), self.output);
+                next_measure = now + measure::INTERVAL;
+            }
+            match self.happenings.recv_timeout(next.min(next_measure).saturating_duration_since(now)) {
                 Ok(Happening::Setup(from, bytes)) => match serde_json::from_slice(&bytes) {
                     Ok(Setup::Ended) => return NodeEnd::PeerEnded(from),
                     Ok(Setup::Clock) if self.spec.node == 0 => self.tell(from, &Setup::Tsc(tsc::read())),
                     _ => return NodeEnd::Failed(format!("node {from} sent a set-up message out of turn")),
                 },
                 Ok(other) => {
+                    if let Happening::Arrived { vcpu, .. } = other {
+                        measure.arrived(&self.machine, vcpu);
+                    }
                     if let Some(end) = self.end_by(other) {
                         return end;
                     }

@@ -1,12 +1,14 @@
 //! A machine on one host: ordinary memory, no protocol.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Instant;
 
 use krg_dsm::memory::GuestRam;
 
 use super::console::Console;
 use super::fabric::Alone;
+use super::measure::{self, Measure};
 use super::{Happening, NodeEnd, NodeInput, NodeOutput, NodeSpec, boot, devices, end_of, forward, migrate, report};
 use crate::machine::layout::ram_ranges;
 use crate::machine::{Machine, MachineConfig};
@@ -33,14 +35,21 @@ pub(super) fn run(spec: &NodeSpec, input: Receiver<NodeInput>, output: &Arc<dyn 
     forward(input, happen.clone(), Happening::Input);
     forward(ended, happen, Happening::Machine);
     machine.run().map_err(|e| e.to_string())?;
+    let mut measure = Measure::new(0, spec.placement.cpus());
+    let mut next = Instant::now() + measure::INTERVAL;
     let end = loop {
-        match happenings.recv() {
+        let now = Instant::now();
+        if now >= next {
+            measure.tell(&machine, None, output);
+            next = now + measure::INTERVAL;
+        }
+        match happenings.recv_timeout(next.saturating_duration_since(now)) {
             Ok(Happening::Input(NodeInput::Console(bytes))) => report::type_in(&machine, &bytes),
             Ok(Happening::Input(NodeInput::Migrate { id, vcpu, node })) => migrate(&machine, id, vcpu, node, output),
             Ok(Happening::Input(NodeInput::Stop(why))) => break NodeEnd::Stopped(why),
             Ok(Happening::Machine(end)) => break end_of(end),
-            Ok(_) => {}
-            Err(_) => break NodeEnd::Stopped("the front end is gone".into()),
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break NodeEnd::Stopped("the front end is gone".into()),
         }
     };
     machine.stop();

@@ -35,7 +35,12 @@ struct Ended {
 }
 
 impl Program {
+    /// Two vCPUs, which nobody moves but the test.
     fn start(kernel: &[u8], hosts: Option<&str>, memory: &str) -> Self {
+        Self::start_with(kernel, hosts, &["--cpus", "2", "--memory", memory, "--sched", "off"])
+    }
+
+    fn start_with(kernel: &[u8], hosts: Option<&str>, words: &[&str]) -> Self {
         let place = TempDir::new_with_prefix("/tmp/krg-local").unwrap();
         fs::write(place.as_path().join("kernel"), kernel).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_krg-vmm"));
@@ -44,7 +49,8 @@ impl Program {
             command.args(["--nodes", "hosts.txt"]);
         }
         let mut child = command
-            .args(["--kernel", "kernel", "--cpus", "2", "--memory", memory, "--api", "api"])
+            .args(["--kernel", "kernel", "--api", "api"])
+            .args(words)
             .current_dir(place.as_path())
             .env("HOME", place.as_path())
             .stdin(Stdio::piped())
