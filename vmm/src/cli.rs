@@ -82,7 +82,7 @@ pub struct Guest {
     /// Memory in total, as in 512M or 8G [default: 3/4 of what the hosts have free; alone: half, at most 4G]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub memory: Option<u64>,
-    /// The machine's name
+    /// The machine's name, for `krg --machine`
     #[arg(long, default_value = "krg")]
     pub name: String,
     /// Kernel to boot instead of the image's own
@@ -103,7 +103,7 @@ pub struct Guest {
     /// Connect a network card to this tap interface
     #[arg(long, value_name = "TAP")]
     pub net: Option<String>,
-    /// Control socket: JSON lines {"cmd":"status"} and {"cmd":"stop"}
+    /// Control socket for `krg` and other programs [default: in /run/krg-vmm or $XDG_RUNTIME_DIR/krg-vmm, by --name]
     #[arg(long, value_name = "SOCKET")]
     pub api: Option<PathBuf>,
     /// Events and errors on standard error as JSON lines

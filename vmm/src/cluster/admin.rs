@@ -41,8 +41,8 @@ pub struct Admin {
     pub placement: Placement,
     /// What each node's host is called.
     pub names: Vec<String>,
-    /// Hosts of the file, the nodes first; the others did not answer.
-    pub hosts: usize,
+    /// Hosts of the file that did not answer: nodes that are not online, numbered after those that are.
+    pub offline: Vec<String>,
     /// What the nodes told.
     pub statistics: Statistics,
     /// What the user decided.
@@ -110,12 +110,12 @@ impl Admin {
             json!({"node": node, "host": host, "online": true, "vcpus": self.statistics.vcpus(node),
                 "memory": share.memory, "statistics": self.statistics.of(node)})
         });
-        let nodes: Vec<Value> = nodes.collect();
-        let offline: Vec<usize> = (self.names.len()..self.hosts).collect();
+        let offline = self.offline.iter().zip(self.names.len()..);
+        let offline = offline.map(|(host, node)| json!({"node": node, "host": host, "online": false}));
+        let nodes: Vec<Value> = nodes.chain(offline).collect();
         let vcpus: Vec<Value> = (0..self.placement.cpus()).map(|vcpu| self.vcpu_status(vcpu)).collect();
         json!({"name": self.name, "state": "running", "at_ms": self.statistics.now_ms(), "cpus": self.placement.cpus(),
-            "memory": self.placement.memory(), "sched": self.scheduling.show(), "nodes": nodes, "offline": offline,
-            "vcpus": vcpus})
+            "memory": self.placement.memory(), "sched": self.scheduling.show(), "nodes": nodes, "vcpus": vcpus})
     }
 
     /// One vCPU: where it is and why, what the user decided, and its load as its node told last.
@@ -247,7 +247,7 @@ impl Admin {
     /// The node of a request, which is online.
     fn node(&self, node: &Value) -> Result<usize, Failure> {
         let nodes = self.names.len();
-        let number = number(node).map(|node| node as usize).filter(|node| *node < nodes.max(self.hosts));
+        let number = number(node).map(|node| node as usize).filter(|node| *node < nodes + self.offline.len());
         match number.ok_or_else(|| self.no_node(node))? {
             node if node < nodes => Ok(node),
             node => Err(Failure::new("ENONET", format!("node {node} is not online: its host did not answer at the start"))),
@@ -315,7 +315,7 @@ mod tests {
             name: "m".into(),
             placement,
             names: vec!["a".into(), "b".into()],
-            hosts: 3,
+            offline: vec!["c".into()],
             statistics: statistics.clone(),
             scheduling: Arc::new(Schedule::new(&Wanted { policy: "off".into(), log: None }, vec![2, 2], wishes.clone()).unwrap()),
             wishes,
@@ -432,6 +432,18 @@ mod tests {
         assert_eq!(admin.answer(Request::Capset { vcpu: json!("all"), migrate: false }).unwrap()["vcpus"], json!([0, 1, 2, 3]));
         drop(admin);
         assert!(!nodes.join().unwrap().contains(&(1, 1)));
+    }
+
+    #[test]
+    fn the_status_has_all_nodes_and_all_vcpus() {
+        let (admin, _nodes) = machine();
+        admin.answer(Request::Capset { vcpu: json!(3), migrate: false }).unwrap();
+        let status = admin.answer(Request::Status).unwrap()["status"].take();
+        assert_eq!(status["nodes"][2], json!({"node": 2, "host": "c", "online": false}));
+        assert_eq!((&status["nodes"][1]["vcpus"], &status["nodes"][1]["online"]), (&json!([2, 3]), &json!(true)));
+        let vcpu = json!({"vcpu": 3, "node": 1, "home": 1, "pin": null, "migrate": false, "why": "placed",
+            "reason": "it was placed there at the start", "load": null});
+        assert_eq!((&status["vcpus"][3], &status["sched"]["policy"]), (&vcpu, &json!("off")));
     }
 
     #[test]

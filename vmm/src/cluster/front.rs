@@ -18,6 +18,7 @@ use signal_hook::iterator::Signals;
 use super::admin::Admin;
 use super::api::Api;
 use super::attend::{Attended, FrontEvent, NodeEvent, Port, Statistics};
+use super::control;
 use super::console::{RawMode, read_input};
 use super::daemon::Runner;
 use super::errno;
@@ -57,7 +58,7 @@ pub struct Options {
     pub boot: BootSpec,
     /// Tap interface.
     pub net: Option<String>,
-    /// Control socket.
+    /// Control socket; `None`: where [`super::sockets`] are by default, if that is possible.
     pub api: Option<PathBuf>,
     /// Page-table protocol.
     pub page_tables: PageTables,
@@ -115,7 +116,6 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
         Some(path) => Some(Secret::from_file(&path)?),
         None => None,
     };
-    let hosts = file.hosts.len();
     let Gathering {
         nodes,
         started,
@@ -135,6 +135,8 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
             started.iter().any(|local| local.address == node.address),
         );
     }
+    let offline = file.hosts.iter().filter(|host| nodes.iter().all(|node| node.line.line != host.line));
+    let offline = offline.map(ToString::to_string).collect();
     let candidates: Vec<_> = nodes
         .iter()
         .map(|node| Candidate {
@@ -154,7 +156,7 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
         name: options.name.clone(),
         placement: placement.clone(),
         names: names.clone(),
-        hosts,
+        offline,
         statistics: statistics.clone(),
         wishes: wishes.clone(),
         scheduling: Arc::new(schedule.clone()),
@@ -219,7 +221,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
         name: options.name.clone(),
         placement: placement.clone(),
         names: names.clone(),
-        hosts: 1,
+        offline: Vec::new(),
         statistics: statistics.clone(),
         wishes: wishes.clone(),
         scheduling: Arc::new(schedule.clone()),
@@ -465,12 +467,7 @@ fn attend_user(
     admin: Admin,
 ) -> Result<(Option<Api>, Option<RawMode>), FrontError> {
     let no_thread = |error: io::Error| FrontError::System(format!("no thread: {}", errno::describe(&error)));
-    let api = options
-        .api
-        .as_ref()
-        .map(|path| Api::listen(path, move |request| admin.answer(request)))
-        .transpose()
-        .map_err(FrontError::System)?;
+    let api = control::open(options, admin, events.reporter)?;
     if !options.attach {
         return Ok((api, None));
     }

@@ -5,6 +5,7 @@ mod capacity;
 mod guest;
 mod interrupts;
 mod kernel;
+mod krg;
 mod litmus;
 mod migration;
 mod nodes;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -16,22 +17,22 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::kernel;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The front end with a kernel to boot, in a folder of its own.
-struct Program {
-    child: Child,
-    place: TempDir,
+pub struct Program {
+    pub child: Child,
+    pub place: TempDir,
     console: Receiver<String>,
     said: String,
 }
 
 /// How it ended.
-struct Ended {
-    status: Option<i32>,
-    console: String,
-    message: String,
-    took: Duration,
+pub struct Ended {
+    pub status: Option<i32>,
+    pub console: String,
+    pub message: String,
+    pub took: Duration,
 }
 
 impl Program {
@@ -40,17 +41,27 @@ impl Program {
         Self::start_with(kernel, hosts, &["--cpus", "2", "--memory", memory, "--sched", "off"])
     }
 
-    fn start_with(kernel: &[u8], hosts: Option<&str>, words: &[&str]) -> Self {
-        let place = TempDir::new_with_prefix("/tmp/krg-local").unwrap();
-        fs::write(place.as_path().join("kernel"), kernel).unwrap();
+    /// With these options.
+    pub fn start_with(kernel: &[u8], hosts: Option<&str>, words: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_krg-vmm"));
+        command.args(["--api", "api"]).args(words);
+        Self::start_by(command, kernel, hosts)
+    }
+
+    /// `command` is the program with options, or runs it with what is added.
+    pub fn start_by(mut command: Command, kernel: &[u8], hosts: Option<&str>) -> Self {
+        let place = TempDir::new_with_prefix("/tmp/krg-local").unwrap();
+        let path = |name: &str| place.as_path().join(name);
+        fs::write(path("kernel"), kernel).unwrap();
+        // For hosts that are not all loopback.
+        fs::write(path("secret"), [b'x'; 32]).unwrap();
+        fs::set_permissions(path("secret"), fs::Permissions::from_mode(0o600)).unwrap();
         if let Some(hosts) = hosts {
             fs::write(place.as_path().join("hosts.txt"), hosts).unwrap();
             command.args(["--nodes", "hosts.txt"]);
         }
         let mut child = command
-            .args(["--kernel", "kernel", "--api", "api"])
-            .args(words)
+            .args(["--kernel", "kernel"])
             .current_dir(place.as_path())
             .env("HOME", place.as_path())
             .stdin(Stdio::piped())
@@ -77,7 +88,7 @@ impl Program {
     }
 
     /// Waits until the console has shown `text`.
-    fn wait_for(&mut self, text: &str) {
+    pub fn wait_for(&mut self, text: &str) {
         while !self.said.contains(text) {
             match self.console.recv_timeout(PATIENCE) {
                 Ok(more) => self.said += &more,
@@ -87,7 +98,7 @@ impl Program {
     }
 
     /// Asks on the control socket, once it is there.
-    fn ask(&self, request: &str) -> Value {
+    pub fn ask(&self, request: &str) -> Value {
         ask(self.place.as_path(), request).unwrap()
     }
 
@@ -102,7 +113,7 @@ impl Program {
     }
 
     /// Waits for the end and checks that nothing is left.
-    fn end(mut self) -> Ended {
+    pub fn end(mut self) -> Ended {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
