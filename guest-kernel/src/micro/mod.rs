@@ -4,8 +4,10 @@
 //! Programs run at CPL 3, natively even where a KVM emulates kernel mode, and report by port I/O,
 //! which they are allowed ([`PORT_DONE`], [`PORT_YIELD`], [`PORT_FAULT`]).
 
+pub mod boot;
 pub mod counter;
 pub mod litmus;
+pub mod load;
 mod regs;
 mod sync;
 mod tables;

@@ -5,11 +5,11 @@ use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use super::tables::{TSS_LEN, USER_CODE, USER_DATA};
 
 /// Reserved bit 1, IOPL 3: port I/O from CPL 3. Interrupts stay off, as nothing handles them.
-const RFLAGS: u64 = 0x3002;
+pub(super) const RFLAGS: u64 = 0x3002;
 /// PG, AM, WP, NE, ET, MP, PE.
-const CR0: u64 = 0x8005_0033;
+pub(super) const CR0: u64 = 0x8005_0033;
 /// PAE, OSFXSR, OSXMMEXCPT.
-const CR4: u64 = 0x620;
+pub(super) const CR4: u64 = 0x620;
 /// NXE, LMA, LME, SCE.
 const EFER: u64 = 0xd01;
 

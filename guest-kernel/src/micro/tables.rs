@@ -24,9 +24,12 @@ pub(super) const USER_CODE: u16 = 4 << 3 | 3;
 /// First GDT entry of the TSS descriptors, two entries each.
 const FIRST_TSS: u16 = 6;
 
-/// The TSS proper, then its I/O bitmap for ports 0 to 255 and the byte of ones that ends it. IOPL 3
+/// Ports that programs may use: the serial line's are the last.
+const PORTS: u16 = 0x400;
+
+/// The TSS proper, then its I/O bitmap for [`PORTS`] and the byte of ones that ends it. IOPL 3
 /// alone is not enough: a KVM that runs CPL 3 in the host's user mode does not keep it.
-pub(super) const TSS_LEN: u16 = TSS_FIXED + 256 / 8 + 1;
+pub(super) const TSS_LEN: u16 = TSS_FIXED + PORTS / 8 + 1;
 const TSS_FIXED: u16 = 104;
 /// Bytes from one TSS to the next.
 const TSS_STRIDE: u64 = 256;

@@ -31,6 +31,10 @@ const FORGOTTEN: f64 = 1.0;
 /// Weight of uneven loads beside time that is lost.
 const UNEVEN: f64 = 0.2;
 
+/// Seconds that a page two vCPUs fight for costs beside the waits: threads of both hosts wake up for it, and
+/// the vCPU that lost it finds nothing to do.
+const HANDOVER: f64 = 100e-6;
+
 /// What is known of one vCPU.
 #[derive(Clone, Debug, Default)]
 struct Past {
@@ -73,22 +77,24 @@ impl Plan<'_> {
         (demand - cpus).max(0.0) + UNEVEN * demand * demand / cpus
     }
 
-    /// Faults a second that `vcpu` and those on `host` would have of each other if it were elsewhere.
-    fn ties(&self, vcpu: u32, host: usize, past: &Past) -> f64 {
+    /// CPU time a second that would be lost to faults on pages on `host` if `vcpu` were elsewhere; a fetch takes
+    /// `fetch` seconds. While one side of a fight waits for a page the other waits for its turn, which looks like work
+    /// if it spins: a fight costs both.
+    fn ties(&self, vcpu: u32, host: usize, fetch: f64, past: &Past) -> f64 {
         let of = &self.partners[vcpu as usize];
         let fights: f64 = of.iter().filter(|(other, _)| self.hosts[*other as usize] == host).map(|(_, rate)| rate).sum();
-        fights.max(past.fetches.get(&host).copied().unwrap_or(0.0))
+        let fetches = past.fetches.get(&host).copied().unwrap_or(0.0);
+        // Who waits all the time loses no more than that; both sides of a fight may.
+        (fights * (2.0 * fetch + HANDOVER)).max(fetches * fetch).min(2.0)
     }
 
     fn gain(&self, vcpu: u32, to: usize, past: &Past) -> f64 {
         let (v, from) = (&self.load.vcpus[vcpu as usize], self.hosts[vcpu as usize]);
         let fetch = self.load.hosts[from].fetch_us.max(self.load.hosts[to].fetch_us) / 1e6;
-        // Who waits all the time loses no more than that; both sides of a fight may.
-        let stalls = |rate: f64| (rate * fetch).min(2.0);
         let demand = v.demand();
         let before = self.cost(from, self.demands[from]) + self.cost(to, self.demands[to]);
         let after = self.cost(from, self.demands[from] - demand) + self.cost(to, self.demands[to] + demand);
-        let pages = stalls(self.ties(vcpu, to, past)) - stalls(self.ties(vcpu, from, past));
+        let pages = self.ties(vcpu, to, fetch, past) - self.ties(vcpu, from, fetch, past);
         pages + before - after - v.footprint as f64 * fetch / PAYS_IN
     }
 

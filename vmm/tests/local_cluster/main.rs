@@ -10,4 +10,5 @@ mod litmus;
 mod migration;
 mod nodes;
 mod program;
+mod schedule;
 mod tables;

@@ -32,6 +32,11 @@ const RESET: u64 = 0xcf9;
 /// Several machines at a time would only wait for each other's processors.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
+/// Waits until no other machine of these tests runs.
+pub fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What a machine is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -147,7 +152,7 @@ pub struct Nodes {
 impl Nodes {
     /// Has `load` write to the first [`LOADED`] bytes, and makes the memory coherent.
     pub fn new(plan: Plan, load: impl FnOnce(&GuestMemoryMmap<()>)) -> Self {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = turn();
         let owners: Vec<usize> = (0..plan.vcpus as usize).map(|vcpu| vcpu % plan.nodes).collect();
         let share = |node: usize| HostShare {
             vcpus: (0..plan.vcpus).filter(|vcpu| owners[*vcpu as usize] == node).collect(),

@@ -135,13 +135,21 @@ impl Program {
         assert!(left.is_empty(), "processes left: {left:?}");
         let mut message = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut message).unwrap();
-        let console = self.console.iter().fold(self.said, |said, more| said + &more);
+        let console = self.console.iter().fold(std::mem::take(&mut self.said), |said, more| said + &more);
         Ended {
             status: status.code(),
             console,
             message,
             took,
         }
+    }
+}
+
+impl Drop for Program {
+    /// A test that failed leaves nothing running: nodes end with their front end.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
