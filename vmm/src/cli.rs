@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
@@ -106,6 +106,9 @@ pub struct Guest {
     /// Control socket for `krg` and other programs [default: in /run/krg-vmm or $XDG_RUNTIME_DIR/krg-vmm, by --name]
     #[arg(long, value_name = "SOCKET")]
     pub api: Option<PathBuf>,
+    /// Metrics for Prometheus at http://ADDR:PORT/metrics; without ADDR, for this host alone
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = metrics_address)]
+    pub metrics: Option<SocketAddr>,
     /// Events and errors on standard error as JSON lines
     #[arg(long)]
     pub json: bool,
@@ -178,6 +181,7 @@ impl Guest {
             },
             net: self.net,
             api: self.api,
+            metrics: self.metrics,
             page_tables: match self.page_tables {
                 PageTableOption::Auto => PageTables::Auto,
                 PageTableOption::Replicate => PageTables::Replicate,
@@ -204,6 +208,14 @@ fn listen_address(text: &str) -> Result<SocketAddr, &'static str> {
     }
 }
 
+fn metrics_address(text: &str) -> Result<SocketAddr, &'static str> {
+    match (text.parse::<SocketAddr>(), text.parse::<u16>()) {
+        (Ok(address), _) => Ok(address),
+        (_, Ok(port)) => Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port)),
+        _ => Err("write a port, 9100, or an IP address with one, 10.0.0.1:9100"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -220,6 +232,14 @@ mod tests {
         assert_eq!(listen_address("10.0.0.1"), Ok("10.0.0.1:7447".parse().unwrap()));
         assert_eq!(listen_address("[::1]:9"), Ok("[::1]:9".parse().unwrap()));
         assert!(listen_address("host").is_err());
+    }
+
+    #[test]
+    fn metrics_are_for_this_host_unless_the_user_says_otherwise() {
+        assert_eq!(metrics_address("9100"), Ok("127.0.0.1:9100".parse().unwrap()));
+        assert_eq!(metrics_address("10.0.0.1:9100"), Ok("10.0.0.1:9100".parse().unwrap()));
+        assert_eq!(metrics_address("[::1]:1"), Ok("[::1]:1".parse().unwrap()));
+        assert!(["", "host:9100", "10.0.0.1", ":9100", "65536"].iter().all(|text| metrics_address(text).is_err()));
     }
 
     #[test]

@@ -132,6 +132,7 @@ fn front_end(hosts: &Path, api: &Path, secret: Option<&String>) -> ExitCode {
         boot: BootSpec::default(),
         net: None,
         api: Some(api.into()),
+        metrics: None,
         page_tables: PageTables::Auto,
         transport: Wish::Auto,
         sched: Wanted::default(),

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileTypeExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -60,6 +60,8 @@ pub struct Options {
     pub net: Option<String>,
     /// Control socket; `None`: where [`super::sockets`] are by default, if that is possible.
     pub api: Option<PathBuf>,
+    /// Where metrics can be scraped.
+    pub metrics: Option<SocketAddr>,
     /// Page-table protocol.
     pub page_tables: PageTables,
     /// What the nodes are to talk over.

@@ -6,6 +6,10 @@ use serde_json::Value;
 /// Longest text from elsewhere that is shown.
 const LONGEST: usize = 240;
 
+/// Most contended pages of a node, and threads of a page, that are shown.
+const MOST_PAGES: usize = 64;
+const MOST_THREADS: usize = 32;
+
 /// The answer to `{"cmd":"status"}`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Status {
@@ -19,6 +23,12 @@ pub struct Status {
     pub memory: u64,
     /// Who decides where vCPUs run.
     pub policy: Option<String>,
+    /// How often the scheduler has decided.
+    pub decisions: Option<u64>,
+    /// vCPUs it has moved.
+    pub moves: Option<u64>,
+    /// Moves of it that failed.
+    pub failures: Option<u64>,
     /// All nodes by number, those that are not online at the end.
     pub nodes: Vec<Node>,
     /// All vCPUs by number.
@@ -126,9 +136,19 @@ impl Status {
             cpus: status["cpus"].as_u64().unwrap_or(0),
             memory: status["memory"].as_u64().unwrap_or(0),
             policy: text(&status["sched"]["policy"]),
+            decisions: status["sched"]["decisions"].as_u64(),
+            moves: status["sched"]["moves"].as_u64(),
+            failures: status["sched"]["failures"].as_u64(),
             nodes: items(&status["nodes"]).map(Node::read).collect(),
             vcpus: items(&status["vcpus"]).map(Vcpu::read).collect(),
         }
+    }
+
+    /// CPUs' worth of work that a node's vCPUs have: the time they ran, or could have.
+    pub fn load(&self, node: usize) -> Option<f64> {
+        let online = self.nodes.get(node)?.online;
+        let mut here = self.vcpus.iter().filter(|vcpu| vcpu.node == Some(node as u64));
+        online.then(|| here.try_fold(0.0, |sum, vcpu| Some(sum + vcpu.ran? + vcpu.waited?)))?
     }
 }
 
@@ -166,7 +186,7 @@ impl Told {
             arrivals: told["vcpu_arrivals"].as_u64(),
             interrupts_out: told["remote_interrupts_out"].as_u64(),
             interrupts_in: told["remote_interrupts_in"].as_u64(),
-            hot_pages: items(&told["hot_pages"]).filter_map(HotPage::read).collect(),
+            hot_pages: items(&told["hot_pages"]).filter_map(HotPage::read).take(MOST_PAGES).collect(),
         }
     }
 
@@ -192,7 +212,7 @@ impl HotPage {
             address: page["address"].as_u64()?,
             faults: page["faults"].as_u64()?,
             bounces: page["bounces"].as_u64()?,
-            threads: threads.collect(),
+            threads: threads.take(MOST_THREADS).collect(),
         })
     }
 }

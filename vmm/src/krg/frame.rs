@@ -145,7 +145,7 @@ fn node_rows(model: &Model) -> Vec<[String; 11]> {
             number.to_string(),
             node.host.clone(),
             ranges(&node.vcpus),
-            or_unknown(model.load(number), |load| format!("{load:.2}")),
+            or_unknown(model.now.load(number), |load| format!("{load:.2}")),
             per_second(Told::faults),
             or_unknown(told.and_then(|told| told.fault_us), |us| format!("{us:.0}")),
             per_second(|told| told.pages_in),

@@ -55,12 +55,6 @@ impl Model {
         self.now.nodes.get(node)?.told.as_ref()?.rate(self.before.get(node)?.as_ref(), counter)
     }
 
-    /// CPUs' worth of work that a node's vCPUs have: the time they ran, or could have.
-    pub fn load(&self, node: usize) -> Option<f64> {
-        let mut here = self.now.vcpus.iter().filter(|vcpu| vcpu.node == Some(node as u64));
-        here.try_fold(0.0, |sum, vcpu| Some(sum + vcpu.ran? + vcpu.waited?))
-    }
-
     /// Pages that hosts fight for, those first that bounce most now.
     pub fn contended(&self) -> Vec<Contended> {
         let mut pages: BTreeMap<u64, Contended> = BTreeMap::new();
@@ -131,7 +125,7 @@ mod tests {
         assert_eq!((rate(&model), model.complete()), (Some(20.0), true));
         model.update(status(3000, 50));
         assert_eq!((rate(&model), model.rate(2, |told| told.bounces), model.rate(9, |_| Some(1))), (Some(20.0), None, None));
-        assert_eq!([model.load(0), model.load(1), model.load(2)], [Some(0.75), None, Some(0.0)]);
+        assert_eq!([0, 1, 2].map(|node| model.now.load(node)), [Some(0.75), None, None]);
     }
 
     #[test]

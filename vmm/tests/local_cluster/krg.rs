@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -224,6 +225,53 @@ fn machines_are_found_by_their_names() {
     assert_eq!(krg("ps").0, Some(3));
 }
 
+/// What Prometheus gets from a running machine agrees with what the control socket says.
+#[test]
+fn the_metrics_of_a_running_machine_are_scraped() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let words = ["--cpus", "2", "--memory", "256M", "--sched", "off", "--metrics", &port];
+    let mut program = Program::start_with(&kernel::elf(u32::MAX), Some("127.0.0.1\n127.0.0.1\n"), &words);
+    program.wait_for(kernel::HELLO);
+    let scrape = || {
+        let mut client = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+        client.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).unwrap();
+        let (head, body) = reply.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK") && head.contains("application/openmetrics-text"), "{head}");
+        assert!(body.ends_with("# EOF\n"), "{body}");
+        body.to_owned()
+    };
+    let value = |text: &str, sample: &str| -> Option<f64> {
+        text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.parse().ok())
+    };
+    done(&program, "migrate vcpu1 0");
+    done(&program, "pin vcpu1 0");
+    let text = scrape();
+    let one = |sample: &str| value(&text, sample);
+    assert_eq!([one("krg_vcpus"), one("krg_memory_bytes")], [Some(2.0), Some((256 << 20) as f64)], "{text}");
+    assert_eq!([one("krg_vcpu_node{vcpu=\"1\"}"), one("krg_vcpu_pin{vcpu=\"1\"}")], [Some(0.0); 2], "{text}");
+    assert_eq!((one("krg_sched_policy{policy=\"off\"}"), one("krg_vcpu_pin{vcpu=\"0\"}")), (Some(1.0), None), "{text}");
+    done(&program, "pin vcpu1 1");
+    // Counters come with the nodes' first figures.
+    let until = Instant::now() + PATIENCE;
+    let faults = "krg_faults_total{node=\"1\",host=\"127.0.0.1\",kind=\"write\"}";
+    let text = loop {
+        let text = scrape();
+        if value(&text, faults).is_some_and(|faults| faults > 0.0) {
+            break text;
+        }
+        assert!(Instant::now() < until, "{text}");
+        thread::sleep(Duration::from_millis(100));
+    };
+    assert!(text.contains("krg_hot_page_faults{node=\"1\",page=\"0x11000\",thread=\"vcpu1\"}"), "{text}");
+    assert!(value(&text, "krg_vcpu_arrivals_total{node=\"1\",host=\"127.0.0.1\"}").is_some_and(|came| came >= 1.0), "{text}");
+    let taken = Program::start_with(&kernel::elf(1), None, &["--cpus", "2", "--memory", "128M", "--metrics", &port]).end();
+    assert_eq!(taken.status, Some(1));
+    assert!(taken.message.contains(&format!("--metrics 127.0.0.1:{port}: EADDRINUSE")), "{}", taken.message);
+    stop(program);
+}
+
 /// A terminal with `krg top` on it.
 struct Watched {
     child: Child,
@@ -281,7 +329,7 @@ impl Watched {
                 break status;
             }
             assert!(Instant::now() < until, "no end");
-            thread::sleep(std::time::Duration::from_millis(10));
+            thread::sleep(Duration::from_millis(10));
         };
         // The alternate screen is left and the cursor shown.
         self.wait_for("\x1b[?1049l");
