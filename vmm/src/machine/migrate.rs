@@ -19,12 +19,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_MP_STATE_INIT_RECEIVED, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_guest_debug, kvm_vcpu_events,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_guest_debug, kvm_vcpu_events,
 };
 
 use super::error::MachineError;
 use super::fabric::Event;
 use super::kick;
+use super::move_times::Part;
 use super::proxy::{self, ProxyContext};
 use super::threads::Shared;
 use super::transfer::Travelling;
@@ -61,6 +62,8 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     if !owners.is_leaving(id) {
         return Ok(());
     }
+    let times = &owners.duty(id).times;
+    times.over(Part::Stopped);
     // SIPI is taken only where INIT was: neither the vCPU that waits for it, nor one that is to send it, can
     // go between the two.
     let starting = || shared.awaiting.iter().any(|proxy| proxy.load(Ordering::SeqCst));
@@ -69,9 +72,14 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
         return Ok(());
     }
     let state = vcpu.save_to_travel(&shared.msrs, owners.startup.all())?;
-    vcpu.become_proxy(&state)?;
+    // Nothing was pending when the LAPIC was read: that was the moment. What has come since goes as any node's, so
+    // all that makes a proxy of it can wait until the state is on its way.
+    let at_once = !state.registers.has_pending();
     let pending = RefCell::new(Vec::new());
-    take_out(shared, vcpu, &|event| pending.borrow_mut().push(event))?;
+    if !at_once {
+        vcpu.become_proxy(&state)?;
+        take_out(shared, vcpu, &|event| pending.borrow_mut().push(event))?;
+    }
     let (bytes, pending) = (state.encode(), pending.into_inner());
     let (mp_state, in_service) = (state.mp_state, state.in_service());
     tracing::debug!(
@@ -82,7 +90,12 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
         bytes = bytes.len(),
         "leaves"
     );
+    times.over(Part::Saved);
     owners.step(id, Input::Saved { state: bytes, pending });
+    times.over(Part::Sent);
+    if at_once {
+        vcpu.become_proxy(&state)?;
+    }
     Ok(())
 }
 
@@ -93,6 +106,8 @@ pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineErro
     let Some(bytes) = owners.take_state(id) else {
         return Ok(());
     };
+    let times = &owners.duty(id).times;
+    times.over(Part::Woken);
     let state = Travelling::decode(&bytes, id).map_err(|error| MachineError::State {
         object: format!("vCPU {id} from another node"),
         reason: error.to_string(),
@@ -104,8 +119,12 @@ pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineErro
         .filter(|vector| *vector != 0)
         .for_each(|vector| owners.startup.learn(vector));
     let held = shared.gate.hold();
-    take_out(shared, vcpu, &|event| owners.raise(id, event))?;
+    times.over(Part::Alone);
+    if vcpu.mp_state()? != KVM_MP_STATE_UNINITIALIZED || vcpu.has_pending()? {
+        take_out(shared, vcpu, &|event| owners.raise(id, event))?;
+    }
     vcpu.become_owner(&state)?;
+    times.over(Part::Restored);
     shared.awaiting[id as usize].store(false, Ordering::SeqCst);
     shared.roots[id as usize].store(state.registers.sregs.cr3, Ordering::Relaxed);
     owners.step(id, Input::Restored);
@@ -172,8 +191,7 @@ impl Vcpu {
                 registers.set_lapic(INITIAL_COUNT, 0);
             }
         }
-        self.set_msr(TSC_DEADLINE, 0)?;
-        self.set_msr(X2APIC_INITIAL_COUNT, 0)?;
+        self.set_msrs(&[(TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
         Ok(state)
     }
 
@@ -205,9 +223,7 @@ impl Vcpu {
             .set_debug_regs(&debug)
             .map_err(|e| fail("KVM_SET_DEBUGREGS", self.id, e))?;
         (0..saved.in_service()).try_for_each(|_| self.end_of_interrupt())?;
-        self.set_msr(X2APIC_TPR, 0)?;
-        self.set_msr(X2APIC_LVT_TIMER, LVT_MASKED)?;
-        self.set_msr(X2APIC_LVT_PERFORMANCE, LVT_MASKED)?;
+        self.set_msrs(&[(X2APIC_TPR, 0), (X2APIC_LVT_TIMER, LVT_MASKED), (X2APIC_LVT_PERFORMANCE, LVT_MASKED)])?;
         self.set_apic_base(false)?;
         self.awaits_sipi = saved.mp_state == KVM_MP_STATE_INIT_RECEIVED;
         if !self.awaits_sipi {

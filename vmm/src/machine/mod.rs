@@ -21,6 +21,7 @@ mod kick;
 pub mod kvm;
 pub mod layout;
 mod migrate;
+mod move_times;
 mod msi;
 mod owner;
 mod owners;
@@ -49,6 +50,7 @@ pub use counters::VcpuStatistics;
 pub use error::{Errno, MachineError};
 pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space};
 pub use ioapic::{Ioapic, IoapicState};
+pub use move_times::MoveTimes;
 pub use msi::{Destination, Interrupts, Message};
 pub use owners::{MoveError, MoveReply};
 pub use serial::{Com1State, Output};
@@ -250,6 +252,11 @@ impl Machine {
         let (_, epoch) = self.shared.owners.owner(vcpu).filter(|_| self.shared.owners.runs_here(vcpu))?;
         let thread = self.shared.owners.duty(vcpu).thread.load(Ordering::SeqCst);
         u32::try_from(thread).ok().filter(|thread| *thread != 0).map(|thread| (thread, epoch))
+    }
+
+    /// When the parts of the last moves of `vcpu` from and to this node were over; `None` if there is no such vCPU.
+    pub fn move_times(&self, vcpu: u32) -> Option<MoveTimes> {
+        (vcpu < self.placement.cpus()).then(|| self.shared.owners.duty(vcpu).times.read())
     }
 
     /// A node is lost: nothing waits for it any more.

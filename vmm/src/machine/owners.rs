@@ -18,6 +18,7 @@ use super::error::MachineError;
 use super::fabric::{End, Event, Fabric};
 use super::kick;
 use super::layout::LAPIC_BASE;
+use super::move_times::{Part, Stopwatch};
 use super::proxy::StartupVectors;
 use crate::ownership::{Input, Message, Outcome, Output, Ownership};
 
@@ -43,6 +44,8 @@ pub(crate) struct Duty {
     /// Restore the vCPU.
     pub arrive: AtomicBool,
     state: Mutex<Option<Vec<u8>>>,
+    /// When its parts were done, of the last move.
+    pub times: Stopwatch,
     /// The thread; 0: it has none.
     pub thread: AtomicI32,
 }
@@ -202,10 +205,12 @@ impl Owners {
                 seat.duty.leave.store(leave, Ordering::SeqCst);
             }
             if let Some(state) = out.restore.take() {
+                seat.duty.times.over(Part::Came);
                 *lock(&seat.duty.state) = Some(state);
                 seat.duty.arrive.store(true, Ordering::SeqCst);
                 kick::kick_thread(seat.duty.thread.load(Ordering::SeqCst));
             } else if out.leave == Some(true) {
+                seat.duty.times.over(Part::Asked);
                 kick::kick_thread(seat.duty.thread.load(Ordering::SeqCst));
             }
             result

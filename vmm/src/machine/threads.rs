@@ -11,6 +11,7 @@ use super::counters::Counters;
 use super::error::MachineError;
 use super::fabric::{End, Fabric};
 use super::gate::Gate;
+use super::move_times::Part;
 use super::msi::Interrupts;
 use super::owner::{self, OwnerContext};
 use super::owners::Owners;
@@ -100,6 +101,7 @@ impl Shared {
                         counters,
                         root,
                     };
+                    duty.times.over(Part::Entered);
                     match owner::run(vcpu, &context)? {
                         owner::Left::Stopped => return Ok(None),
                         owner::Left::End(end) => return Ok(Some(end)),

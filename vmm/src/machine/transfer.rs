@@ -9,7 +9,7 @@ use kvm_bindings::{
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::state::Registers;
-use super::vcpu::{LAPIC_IRR, LAPIC_IRR_END, XSAVE_PAGE};
+use super::vcpu::{LAPIC_IRR, LAPIC_IRR_END, XSAVE_PAGE, is_requested};
 
 /// Layout of the bytes.
 const VERSION: u32 = 1;
@@ -143,6 +143,11 @@ impl Travelling {
 }
 
 impl Registers {
+    /// Whether an interrupt or NMI was pending when they were read.
+    pub(crate) fn has_pending(&self) -> bool {
+        is_requested(&self.lapic) || self.events.nmi.pending != 0
+    }
+
     /// A 32-bit register of the LAPIC.
     pub(crate) fn lapic(&self, at: usize) -> u32 {
         let byte = |n: usize| self.lapic.regs[at + n] as u8;

@@ -2,7 +2,7 @@
 //! runs on another node.
 
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_mp_state,
+    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
 use kvm_ioctls::{Cap, SyncReg, VcpuFd, VmFd};
@@ -116,22 +116,24 @@ impl Vcpu {
     /// Whether an interrupt or NMI is pending.
     pub fn has_pending(&self) -> Result<bool, MachineError> {
         let lapic = self.fd.get_lapic().map_err(|e| fail("KVM_GET_LAPIC", self.id, e))?;
-        let requested = lapic.regs[LAPIC_IRR..LAPIC_IRR_END].iter().any(|byte| *byte != 0);
         let events = || self.fd.get_vcpu_events().map_err(|e| fail("KVM_GET_VCPU_EVENTS", self.id, e));
-        Ok(requested || events()?.nmi.pending != 0)
+        Ok(is_requested(&lapic) || events()?.nmi.pending != 0)
     }
 
     pub fn set_msr(&self, index: u32, data: u64) -> Result<(), MachineError> {
-        let entry = kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        };
-        let msrs = Msrs::from_entries(&[entry])
+        self.set_msrs(&[(index, data)])
+    }
+
+    /// Sets MSRs in their order, each of which has to take its value.
+    pub fn set_msrs(&self, values: &[(u32, u64)]) -> Result<(), MachineError> {
+        let entry = |(index, data): &(u32, u64)| kvm_msr_entry { index: *index, data: *data, ..Default::default() };
+        let entries: Vec<_> = values.iter().map(entry).collect();
+        let msrs = Msrs::from_entries(&entries)
             .map_err(|_| MachineError::Config(format!("MSR list of vCPU {} can't be built", self.id)))?;
-        match self.fd.set_msrs(&msrs).map_err(|e| fail("KVM_SET_MSRS", self.id, e))? {
-            1 => Ok(()),
-            _ => Err(MachineError::Kvm {
+        let taken = self.fd.set_msrs(&msrs).map_err(|e| fail("KVM_SET_MSRS", self.id, e))?;
+        match values.get(taken) {
+            None => Ok(()),
+            Some((index, data)) => Err(MachineError::Kvm {
                 call: "KVM_SET_MSRS",
                 object: format!("vCPU {}, MSR {index:#x} = {data:#x}", self.id),
                 errno: super::error::Errno(libc::EINVAL),
@@ -211,6 +213,11 @@ impl Vcpu {
             _ => Err(MachineError::last_os("KVM_VCPU_TSC_OFFSET")),
         }
     }
+}
+
+/// Whether a LAPIC has an interrupt that was not taken.
+pub(crate) fn is_requested(lapic: &kvm_lapic_state) -> bool {
+    lapic.regs[LAPIC_IRR..LAPIC_IRR_END].iter().any(|byte| *byte != 0)
 }
 
 /// A failed call on vCPU `id`.

@@ -59,6 +59,8 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
     let mut figures = json!({"event": event, "node": spec.node, "host": name, "vcpu_exits": exits, "vcpus": own,
         "vcpu_arrivals": arrivals,
         "remote_interrupts_out": sent, "remote_interrupts_in": received});
+    let vcpus: Vec<String> = own.iter().map(u32::to_string).collect();
+    line += &format!("; its vCPUs: {}", if vcpus.is_empty() { "none".into() } else { vcpus.join(" ") });
     if let Some((c, replicas)) = dsm.and_then(Dsm::counters) {
         let (mut messages, mut bytes) = (0, 0);
         for peer in (0..spec.placement.hosts.len()).filter(|p| *p != spec.node) {

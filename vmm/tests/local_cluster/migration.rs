@@ -394,17 +394,17 @@ fn a_vcpu_moves_and_comes_back() {
 
 #[test]
 fn vcpus_that_move_between_two_nodes_lose_and_double_no_interrupt() {
-    storm(2, 3, Timer::Deadline, 1, 500);
+    storm(2, 3, Timer::Deadline, 1, 8000);
 }
 
 #[test]
 fn vcpus_that_move_between_three_nodes_at_once_lose_and_double_no_interrupt() {
-    storm(3, 4, Timer::Deadline, 3, 1000);
+    storm(3, 4, Timer::Deadline, 3, 8000);
 }
 
 #[test]
 fn a_counting_timer_moves_with_its_vcpu() {
-    storm(2, 2, Timer::OneShot, 1, 300);
+    storm(2, 2, Timer::OneShot, 1, 2500);
 }
 
 /// The vCPU waits until it may go on, with one interrupt in service and lower ones pending: they must not come
