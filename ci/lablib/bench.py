@@ -13,6 +13,7 @@ PROG = "ci/bench"
 #: Name: package, bench target of cargo, and what it is about.
 BENCHES = {
     "dsm": ("krg-vmm", "dsm", "faults on another node's pages, and reading its memory, beside their floors"),
+    "migrate": ("krg-vmm", "migrate", "how long a vCPU stands still when it moves, beside its floor"),
 }
 #: Those that need the lab: name, function, and what it is about.
 LAB_BENCHES = {

@@ -1,0 +1,183 @@
+//! The same guest without us: one thread takes its vCPU from one VM to another, by nothing but KVM's calls.
+//!
+//! Both VMs have the same memory, so no page is fetched and nothing is sent. What the guest sees of it is what a move
+//! costs on this machine at least, beside the network: from its last instruction to its first.
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use krg_dsm::memory::GuestRam;
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_device_attr, kvm_mp_state, kvm_msr_entry, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::guest::{self, ANSWER, ORDER};
+use super::nodes::{LOADED, MEMORY};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+/// KVM_VCPU_TSC_CTRL and its attribute KVM_VCPU_TSC_OFFSET.
+const TSC_CONTROL: u32 = 0;
+const TSC_OFFSET: u64 = 0;
+vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xAE, 0xe1, kvm_device_attr);
+
+extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// A VM with one vCPU.
+struct Bare {
+    vcpu: VcpuFd,
+    _vm: VmFd,
+}
+
+impl Bare {
+    fn new(kvm: &Kvm, ram: &GuestRam) -> anyhow::Result<Self> {
+        let vm = kvm.create_vm()?;
+        vm.create_irq_chip()?;
+        for (slot, region) in (0..).zip(ram.regions()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.gpa,
+                memory_size: region.len,
+                userspace_addr: region.host,
+                flags: 0,
+            };
+            // SAFETY: the memory is mapped for as long as `ram`, which outlives the VMs.
+            unsafe { vm.set_user_memory_region(region) }?;
+        }
+        let vcpu = vm.create_vcpu(0)?;
+        vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
+        let offset = 0u64;
+        let attr = kvm_device_attr { group: TSC_CONTROL, attr: TSC_OFFSET, addr: &raw const offset as u64, flags: 0 };
+        // SAFETY: KVM_SET_DEVICE_ATTR on a vCPU file reads `attr` and the eight bytes at `addr`; both live until then.
+        let done = unsafe { ioctl_with_ref(&vcpu, KVM_SET_DEVICE_ATTR(), &attr) };
+        ensure!(done == 0, "KVM_VCPU_TSC_OFFSET: {}", std::io::Error::last_os_error());
+        Ok(Bare { vcpu, _vm: vm })
+    }
+
+    /// Gives `to` the state of this vCPU.
+    fn hand_over(&self, to: &Bare, msrs: &mut Msrs) -> anyhow::Result<()> {
+        let (from, to) = (&self.vcpu, &to.vcpu);
+        let _ = from.get_mp_state()?;
+        let (regs, sregs, debug) = (from.get_regs()?, from.get_sregs()?, from.get_debug_regs()?);
+        let (events, lapic, xcrs, xsave) = (from.get_vcpu_events()?, from.get_lapic()?, from.get_xcrs()?, from.get_xsave()?);
+        from.get_msrs(msrs)?;
+        to.set_sregs(&sregs)?;
+        to.set_xcrs(&xcrs)?;
+        // SAFETY: the area is as long as KVM reads, as this process has asked for no dynamic features.
+        unsafe { to.set_xsave(&xsave) }?;
+        to.set_regs(&regs)?;
+        to.set_debug_regs(&debug)?;
+        to.set_lapic(&lapic)?;
+        to.set_msrs(msrs)?;
+        to.set_vcpu_events(&events)?;
+        to.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+        Ok(())
+    }
+}
+
+/// The two VMs, and the thread that runs the vCPU in one of them.
+pub struct Handover {
+    ram: Arc<GuestRam>,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+    /// Moves that were asked for, and moves made.
+    asked: Arc<AtomicU64>,
+    made: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    orders: u64,
+}
+
+impl Handover {
+    /// `msrs` are those that are a vCPU's state.
+    pub fn new(msrs: &[u32]) -> anyhow::Result<Self> {
+        register_signal_handler(SIGRTMIN() + 1, on_signal)?;
+        let ram = Arc::new(GuestRam::new(&[(0, MEMORY)], false)?);
+        let micro = guest::build(MEMORY, LOADED, 1)?;
+        for (at, bytes) in &micro.writes {
+            ram.memory().write_slice(bytes, GuestAddress(*at))?;
+        }
+        let kvm = Kvm::new()?;
+        let mut vms = [Bare::new(&kvm, &ram)?, Bare::new(&kvm, &ram)?];
+        let mut sregs = vms[0].vcpu.get_sregs()?;
+        micro.vcpus[0].apply(&mut sregs);
+        vms[0].vcpu.set_sregs(&sregs)?;
+        vms[0].vcpu.set_regs(&micro.vcpus[0].regs())?;
+        let entries: Vec<_> = msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let mut msrs = Msrs::from_entries(&entries)?;
+        let (asked, made, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (wanted, done, over, kept) = (asked.clone(), made.clone(), stop.clone(), ram.clone());
+        let thread = std::thread::spawn(move || {
+            let _mapped = kept;
+            let mut here = 0;
+            while !over.load(Ordering::SeqCst) {
+                if wanted.load(Ordering::SeqCst) > done.load(Ordering::SeqCst) {
+                    vms[here].hand_over(&vms[1 - here], &mut msrs)?;
+                    here = 1 - here;
+                    done.fetch_add(1, Ordering::SeqCst);
+                }
+                match vms[here].vcpu.run() {
+                    Err(e) if e.errno() == libc::EINTR => {}
+                    other => bail!("the bare vCPU ended: {other:?}"),
+                }
+            }
+            Ok(())
+        });
+        Ok(Handover { ram, thread: Some(thread), asked, made, stop, orders: 0 })
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread has not been joined, so its number is its own.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN() + 1) };
+        }
+    }
+
+    /// As the measured machine's: the longest time the guest stood still since the last order.
+    fn order(&mut self) -> anyhow::Result<u64> {
+        self.orders += 1;
+        let memory = self.ram.memory();
+        memory.store(self.orders, GuestAddress(ORDER), Ordering::SeqCst)?;
+        let until = Instant::now() + PATIENCE;
+        while memory.load::<u64>(GuestAddress(ANSWER + 16), Ordering::SeqCst)? != self.orders {
+            ensure!(Instant::now() < until, "the bare guest doesn't answer");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(memory.load(GuestAddress(ANSWER), Ordering::SeqCst)?)
+    }
+
+    /// How long the guest stands still in one move, in ticks of its TSC.
+    pub fn go(&mut self) -> anyhow::Result<u64> {
+        self.order()?;
+        let made = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let until = Instant::now() + PATIENCE;
+        while self.made.load(Ordering::SeqCst) < made {
+            self.kick();
+            // A signal that comes before KVM_RUN is lost.
+            std::thread::sleep(Duration::from_millis(1));
+            ensure!(Instant::now() < until, "the bare vCPU doesn't move: {:?}", self.ended());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        self.order()
+    }
+
+    fn ended(&mut self) -> Option<anyhow::Result<()>> {
+        let thread = self.thread.take_if(|thread| thread.is_finished())?;
+        Some(thread.join().ok().context("the bare thread panicked").and_then(|result| result))
+    }
+}
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            self.kick();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
