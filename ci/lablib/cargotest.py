@@ -29,7 +29,7 @@ def program():
 
 
 #: Packages whose programs run inside guests, and need no library there.
-GUEST_PROGRAMS = ("guest-litmus", "guest-memory")
+GUEST_PROGRAMS = ("guest-litmus", "guest-memory", "guest-witness")
 
 
 def guest_program(name):

@@ -29,6 +29,8 @@ SLOWER = 40
 #: second Linux keeps in 32 bits (tsc_khz * 125): above 14 times it would go wrong. Mitigations and slow
 #: grace periods cost minutes here.
 OPTIONS = "lapic=notscdeadline mitigations=off rcupdate.rcu_expedited=1"
+#: The part by which the hosts' measurements of one clock may differ.
+CLOCKS_AGREE = 0.001
 #: A long wait says this often, in seconds, what the console shows.
 PROGRESS = 60
 
@@ -48,7 +50,7 @@ class LabHosts:
     def __enter__(self):
         try:
             # Hosts with one CPU: an idle second one costs the emulation more than it brings.
-            self.lab("up", "--hosts", str(self.count), "--cpus", "1", "--mem", self.memory, limit=900)
+            self.up()
             for index in range(self.count):
                 self.prepare(f"h{index}")
         except BaseException:
@@ -58,6 +60,17 @@ class LabHosts:
 
     def __exit__(self, *_):
         self.down()
+
+    def up(self):
+        """Starts the hosts until their clocks agree: a kernel that starts on a busy machine may take its TSC for
+        another than it is, and a machine is not possible over hosts of different clocks."""
+        for last in (False, False, True):
+            self.lab("up", "--hosts", str(self.count), "--cpus", "1", "--mem", self.memory, limit=900)
+            clocks = [self.tsc_khz(f"h{index}") for index in range(self.count)]
+            if last or max(clocks) - min(clocks) < max(clocks) * CLOCKS_AGREE:
+                return
+            say(f"     the hosts' kernels measured TSCs of {clocks} kHz: started again")
+            self.lab("down")
 
     def down(self):
         """Ends the hosts and removes the lab's folder."""
@@ -88,17 +101,23 @@ class LabHosts:
         """Puts the program and the cluster's secret into a host's memory."""
         self.shell(host, f"cp /lab/bin/krg-vmm {PROGRAM} && umask 077 && echo {self.secret} >{SECRET}")
 
-    def start_node(self, host):
-        """Starts the node daemon on a host, if it has none, and waits until it listens."""
+    def start_node(self, host, *variables):
+        """Starts the node daemon on a host, if it has none, and waits until it listens; `variables` are its own."""
         if self.processes(host):
             return
         listen = address(int(host[1:]))
         with open(self.state / f"node-{host}.log", "wb") as log:
             self.daemons.append(subprocess.Popen(
-                [LAB, "exec", host, "--", PROGRAM, "node", "--listen", listen, "--secret-file", SECRET],
+                [LAB, "exec", host, "--", "env", *variables, PROGRAM, "node", "--listen", listen, "--secret-file", SECRET],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         if not process.wait_for(lambda: f":{NODE_PORT}" in self.shell(host, "ss -ltn"), 60, interval=0.5):
             raise LabError(f"{host}: the node daemon doesn't listen: {self.node_log(host)}")
+
+    def end_node(self, host):
+        """Ends the node daemon of a host, if it has one."""
+        self.shell(host, "pkill krg-vmm || true")
+        if not process.wait_for(lambda: not self.processes(host), 30, interval=0.2):
+            raise LabError(f"{host}: the node daemon doesn't end")
 
     def node_log(self, host):
         """What the node daemon of a host has said."""

@@ -89,7 +89,7 @@ class MachineTests:
             subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, check=True)
 
-    def machine_over_all(self, name, append, *options):
+    def machine_over_all(self, name, append, *options, image=IMAGE):
         """A machine over all hosts that starts to boot."""
         for host in [f"h{index}" for index in range(1, self.hosts.count)]:
             if not self.hosts.processes(host):
@@ -99,17 +99,17 @@ class MachineTests:
         # Steps say what runs where; the scheduler would bring CPUs that share pages together.
         sched = [] if "--sched" in options else ["--sched", "off"]
         arguments = ["--nodes", "/tmp/hosts.txt", "--disk", PROGRAMS, "--append", f"{self.hosts.emulation_options()} {append}",
-                     *sched, *options, IMAGE]
+                     *sched, *options, image]
         return Machine(self.hosts, name, arguments, LOGS)
 
-    def all_cpus_up(self, name, *options, nodes=2, cpus=2):
+    def all_cpus_up(self, name, *options, nodes=2, cpus=2, **more):
         """A machine over all hosts whose kernel has all CPUs up; the caller's to end.
 
         A guest has been seen to crash in its first second, once in about ten boots, for a reason that
         is not known (README, Status): a crash is said and tried again, once.
         """
         for last in (False, True):
-            machine = self.machine_over_all(name, f"{INITRD_SHELL} loglevel=7", *options).__enter__()
+            machine = self.machine_over_all(name, f"{INITRD_SHELL} loglevel=7", *options, **more).__enter__()
             try:
                 machine.expect(rf"Brought up {nodes} nodes, {cpus} CPUs", 400)
                 say(f"     all {cpus} CPUs are up after {time.monotonic() - machine.begun:.0f} s")

@@ -6,7 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
-from . import cargotest, guestimage
+from . import cargotest, guestimage, movetest
 from .labtest import lab_commands
 from .machinetest import MachineTests
 from .paths import GUEST_IMAGES, OUT
@@ -50,6 +50,7 @@ def steps(machines):
     return [
         ("build", cargotest.build, ()),
         ("guest image", need_root(images), ()),
+        ("guest image with a compiler", need_root(lambda: guestimage.obtain("build")), ()),
         ("cargo test", cargotest.test, ("build",)),
         ("lab commands", need_root(lab_commands), ()),
         ("lab", need_root(machines.lab), ("build", "guest image")),
@@ -58,6 +59,8 @@ def steps(machines):
         ("machine on two hosts: loss", machines.cable_and_power, ("lab",)),
         ("RDMA on two hosts", machines.rdma, ("build", "lab")),
         ("machine on three hosts", machines.three_hosts, ("lab",)),
+        ("vCPUs move", lambda: movetest.moving(machines), ("lab", "guest image with a compiler")),
+        ("vCPUs move: loss", lambda: movetest.lost_on_the_way(machines), ("lab",)),
         ("memory of three hosts", machines.capacity, ("lab",)),
     ]
 
