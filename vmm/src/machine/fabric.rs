@@ -51,12 +51,26 @@ pub struct Access {
     pub direction: Direction,
 }
 
+/// A page that a vCPU is about to touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Touch {
+    /// An address in it; an even one.
+    pub gpa: u64,
+    /// It will be written to.
+    pub write: bool,
+}
+
 /// The other nodes, as the machine sees them. Implementations send on every memory change this node has to
 /// publish before a message itself (a receiver that learns of a change must find it in place). They are called
 /// without locks that [`super::Machine::receive`] takes, so they may deliver other messages meanwhile.
 pub trait Fabric: Send + Sync {
     /// Sends a message about `vcpu` to node `to`, for [`super::Machine::receive`] there.
     fn send(&self, to: usize, vcpu: u32, message: Message);
+
+    /// Tells node `to` which pages a vCPU that goes there is about to touch, so that it can fetch them. A hint.
+    fn announce(&self, to: usize, touches: &[Touch]) {
+        let _ = (to, touches);
+    }
 
     /// `vcpu` came to run on this node, which owns it in this epoch.
     fn arrived(&self, vcpu: u32, epoch: u64) {

@@ -23,7 +23,7 @@ use kvm_bindings::{
 };
 
 use super::error::MachineError;
-use super::fabric::Event;
+use super::fabric::{Event, Touch};
 use super::kick;
 use super::move_times::Part;
 use super::proxy::{self, ProxyContext};
@@ -94,6 +94,10 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     owners.step(id, Input::Saved { state: bytes, pending });
     times.over(Part::Sent);
     if at_once {
+        // The page tables are those of the vCPU still, and the walk keeps nobody waiting.
+        if let Some((to, _)) = owners.owner(id).filter(|(to, _)| *to != shared.owners.node()) {
+            shared.fabric.announce(to, &vcpu.about_to_touch(&state));
+        }
         vcpu.become_proxy(&state)?;
     }
     Ok(())
@@ -193,6 +197,22 @@ impl Vcpu {
         }
         self.set_msrs(&[(TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
         Ok(state)
+    }
+
+    /// The pages of code, stack and the kernel's own data of this CPU (Linux has it at the base of GS): what the vCPU
+    /// touches first.
+    fn about_to_touch(&self, state: &Travelling) -> Vec<Touch> {
+        let (regs, sregs) = (&state.registers.regs, &state.registers.sregs);
+        let addresses = [(regs.rip, false), (regs.rsp, true), (regs.rsp.wrapping_sub(256), true), (sregs.gs.base, true), (sregs.tr.base, false)];
+        let mut touches: Vec<Touch> = Vec::new();
+        for (address, write) in addresses {
+            let Ok(found) = self.fd.translate_gva(address) else { continue };
+            let touch = Touch { gpa: found.physical_address & !0xfff, write };
+            if found.valid != 0 && !touches.iter().any(|other| other.gpa == touch.gpa) {
+                touches.push(touch);
+            }
+        }
+        touches
     }
 
     /// The timer's LVT entry if it counts, or has counted, rather than waits for a TSC deadline.

@@ -48,7 +48,7 @@ use crate::ownership;
 
 pub use counters::VcpuStatistics;
 pub use error::{Errno, MachineError};
-pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space};
+pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space, Touch};
 pub use ioapic::{Ioapic, IoapicState};
 pub use move_times::MoveTimes;
 pub use msi::{Destination, Interrupts, Message};

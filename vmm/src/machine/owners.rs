@@ -99,6 +99,11 @@ impl Owners {
         })
     }
 
+    /// This node.
+    pub fn node(&self) -> usize {
+        self.node
+    }
+
     pub fn count(&self) -> u32 {
         self.seats.len() as u32
     }

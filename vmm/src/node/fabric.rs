@@ -9,7 +9,7 @@ use krg_dsm::node::{Client, Dsm, DsmError};
 
 use super::Happening;
 use super::wire::Wire;
-use crate::machine::{Access, Direction, Fabric, Machine};
+use crate::machine::{Access, Direction, Fabric, Machine, Touch};
 use crate::ownership::Message;
 
 /// Node that has the devices.
@@ -63,6 +63,10 @@ impl Fabric for Cluster {
         self.send_wire(to, Wire::Vcpu { vcpu, message });
     }
 
+    fn announce(&self, to: usize, touches: &[Touch]) {
+        self.send_wire(to, Wire::Announce { touches: touches.to_vec() });
+    }
+
     fn arrived(&self, vcpu: u32, epoch: u64) {
         let _ = self.happenings.send(Happening::Arrived { vcpu, epoch });
     }
@@ -103,6 +107,11 @@ impl Client for Cluster {
                 if let Some(asked) = asked {
                     // Nobody waits any more if the machine is being stopped.
                     let _ = asked.send(value);
+                }
+            }
+            Some(Wire::Announce { touches }) => {
+                if let Some(dsm) = self.dsm.get().and_then(Weak::upgrade) {
+                    touches.iter().for_each(|touch| dsm.prefetch(touch.gpa, 1, touch.write));
                 }
             }
             None => {

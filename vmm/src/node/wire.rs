@@ -3,7 +3,7 @@
 //! Little-endian, a tag byte first. They travel among the DSM's messages, which keeps them behind
 //! everything the guest did before.
 
-use crate::machine::{Access, Direction, Event, Space};
+use crate::machine::{Access, Direction, Event, Space, Touch};
 use crate::ownership::{Handover, Message, Numbered, Outcome, Ticket};
 
 /// One machine message.
@@ -30,7 +30,15 @@ pub enum Wire {
         /// The value read; 0 for writes.
         value: u64,
     },
+    /// A vCPU that goes to the receiver is about to touch these pages: at most [`MOST_TOUCHES`].
+    Announce {
+        /// The pages.
+        touches: Vec<Touch>,
+    },
 }
+
+/// Most pages that one message announces.
+pub const MOST_TOUCHES: usize = 8;
 
 const EVENT: u8 = 1;
 const ACCESS: u8 = 2;
@@ -39,6 +47,7 @@ const MOVED: u8 = 4;
 const STATE: u8 = 5;
 const MOVE: u8 = 6;
 const OUTCOME: u8 = 7;
+const ANNOUNCE: u8 = 8;
 
 impl Wire {
     /// The wire form.
@@ -62,6 +71,11 @@ impl Wire {
                 out.push(ANSWER);
                 out.extend(id.to_le_bytes());
                 out.extend(value.to_le_bytes());
+            }
+            Wire::Announce { touches } => {
+                out.push(ANNOUNCE);
+                let words = touches.iter().take(MOST_TOUCHES).map(|touch| touch.gpa & !1 | u64::from(touch.write));
+                words.for_each(|word| out.extend(word.to_le_bytes()));
             }
         }
         out
@@ -92,6 +106,14 @@ impl Wire {
                 Wire::Access { id, access: Access { space, address, size, direction } }
             }
             ANSWER => Wire::Answer { id: rest.long()?, value: rest.long()? },
+            ANNOUNCE => {
+                let mut touches = Vec::new();
+                while !rest.0.is_empty() {
+                    let word = rest.long().filter(|_| touches.len() < MOST_TOUCHES)?;
+                    touches.push(Touch { gpa: word & !1, write: word & 1 != 0 });
+                }
+                Wire::Announce { touches }
+            }
             _ => Wire::Vcpu { vcpu: rest.word()?, message: decode_message(tag, &mut rest)? },
         };
         rest.0.is_empty().then_some(wire)
@@ -290,6 +312,12 @@ mod tests {
                 assert_eq!(Wire::decode(&bytes[..cut]), None);
             }
         }
+        // As many pages as there are.
+        let touches = |count: u64| Wire::Announce { touches: (0..count).map(|n| Touch { gpa: n << 12, write: n % 2 == 0 }).collect() };
+        let bytes = touches(MOST_TOUCHES as u64).encode();
+        assert_eq!(Wire::decode(&bytes), Some(touches(MOST_TOUCHES as u64)));
+        (1..bytes.len()).for_each(|cut| assert_eq!(Wire::decode(&bytes[..cut]).is_some(), cut % 8 == 1));
+        assert_eq!(Wire::decode(&[&bytes[..], &[0; 8]].concat()), None, "too many");
         // A vCPU's state is whatever is left.
         let bytes = vcpu(Message::State(Box::new(handover.clone()))).encode();
         (0..bytes.len()).for_each(|cut| assert_eq!(Wire::decode(&bytes[..cut]), None));

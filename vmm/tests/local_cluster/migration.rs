@@ -380,6 +380,8 @@ fn storm(nodes: usize, vcpus: u32, timer: Timer, movers: u64, moves: u32) {
     }
     assert!(moves < 100 || moved.load(Ordering::SeqCst) > moves / 4);
     assert_eq!(machine.failures.try_iter().collect::<Vec<_>>(), Vec::<String>::new());
+    let prefetches: u64 = machine.counters().iter().map(|counters| counters.prefetches).sum();
+    assert!(prefetches > 0, "no page that a vCPU was about to touch was fetched before");
     println!(
         "{nodes} nodes, {vcpus} vCPUs: {} of {moves} moves asked for moved one, in {took:?}; {interrupts} interrupts, {timers} timers, {rounds} rounds; states of up to {} bytes",
         moved.load(Ordering::SeqCst),

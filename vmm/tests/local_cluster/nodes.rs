@@ -15,7 +15,7 @@ use krg_guest_kernel::micro::{InitialRegs, PORT_DONE, PORT_FAULT, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
 use krg_vmm::machine::boot::Entry;
 use krg_vmm::machine::state::Registers;
-use krg_vmm::machine::{Access, Direction, End, Event, Fabric, Machine, MachineConfig, Space};
+use krg_vmm::machine::{Access, Direction, End, Event, Fabric, Machine, MachineConfig, Space, Touch};
 use krg_vmm::node::wire::Wire;
 use krg_vmm::ownership::{Message, Outcome};
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
@@ -76,6 +76,12 @@ impl Fabric for Link {
         }
     }
 
+    fn announce(&self, to: usize, touches: &[Touch]) {
+        if let Some(dsm) = self.dsm.get().and_then(Weak::upgrade) {
+            dsm.send(to, Wire::Announce { touches: touches.to_vec() }.encode());
+        }
+    }
+
     /// Micro guests away from node 0 report by their ports; other guests here have no device.
     fn io(&self, access: Access) -> Option<u64> {
         let port = |port: u8| access.space == Space::Port && access.address == u64::from(port);
@@ -104,7 +110,16 @@ impl Fabric for Link {
 
 impl Client for Link {
     fn machine(&self, from: usize, bytes: &[u8]) {
-        let Some(Wire::Vcpu { vcpu, message }) = Wire::decode(bytes) else { panic!("{bytes:?}") };
+        let (vcpu, message) = match Wire::decode(bytes) {
+            Some(Wire::Vcpu { vcpu, message }) => (vcpu, message),
+            Some(Wire::Announce { touches }) => {
+                if let Some(dsm) = self.dsm.get().and_then(Weak::upgrade) {
+                    touches.iter().for_each(|touch| dsm.prefetch(touch.gpa, 1, touch.write));
+                }
+                return;
+            }
+            other => panic!("{other:?}: {bytes:?}"),
+        };
         if let Some(machine) = self.machine.get().and_then(Weak::upgrade) {
             machine.receive(from, vcpu, message);
         }
