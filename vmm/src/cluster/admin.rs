@@ -205,14 +205,16 @@ impl Admin {
 
     /// Asks for a move that is permitted; `None`: it is there already.
     fn ask(&self, vcpu: u32, to: usize) -> Result<Option<Asked>, Failure> {
-        let wish = self.wishes.of(vcpu).ok_or_else(|| no_vcpu(&json!(vcpu)))?;
         let from = self.statistics.owner(vcpu);
-        if let Err(refusal) = wish.permits(to) {
-            return if from == Some(to) { Ok(None) } else { Err(refused(vcpu, refusal)) };
-        }
         let (reply, answer) = channel();
-        self.events.send(FrontEvent::Migrate { vcpu, node: to, reply }).map_err(|_| over())?;
-        Ok(Some(Asked { vcpu, from, to, answer }))
+        let send = || self.events.send(FrontEvent::Migrate { vcpu, node: to, reply });
+        match self.wishes.if_permitted(vcpu, to, send) {
+            None => Err(no_vcpu(&json!(vcpu))),
+            Some(Err(_)) if from == Some(to) => Ok(None),
+            Some(Err(refusal)) => Err(refused(vcpu, refusal)),
+            Some(Ok(Err(_))) => Err(over()),
+            Some(Ok(Ok(()))) => Ok(Some(Asked { vcpu, from, to, answer })),
+        }
     }
 
     fn wait(&self, Asked { vcpu, to, answer, .. }: Asked) -> Result<Went, Failure> {

@@ -120,6 +120,13 @@ impl Wishes {
         Some(if vcpu.wish.pin.is_some() { Why::Pinned } else { vcpu.came.clone() })
     }
 
+    /// Does `act`, which asks for a move, if the vCPU may move to `node`. A pin or a capability that changes meanwhile
+    /// waits: what is asked for because of it comes after what `act` asked for. `None`: there is no such vCPU.
+    pub fn if_permitted<T>(&self, vcpu: u32, node: usize, act: impl FnOnce() -> T) -> Option<Result<T, Refusal>> {
+        let all = self.lock();
+        all.get(vcpu as usize).map(|vcpu| vcpu.wish.permits(node).map(|()| act()))
+    }
+
     /// Pins a vCPU, or lifts its pin. Nobody moves it elsewhere from now on; it is not moved by this.
     pub fn pin(&self, vcpu: u32, node: Option<usize>) {
         self.change(vcpu, |vcpu| vcpu.wish.pin = node);
@@ -181,6 +188,10 @@ mod tests {
         assert_eq!(permits(0, 1), Err(Refusal::Dropped));
         wishes.allow(0, true);
         assert_eq!(permits(0, 1), Ok(()));
+        assert_eq!(wishes.if_permitted(0, 1, || 7), Some(Ok(7)));
+        assert_eq!(wishes.if_permitted(7, 1, || unreachable!("it is not there")), None::<Result<(), _>>);
+        wishes.pin(0, Some(3));
+        assert_eq!(wishes.if_permitted(0, 1, || unreachable!("it is pinned")), Some(Err::<(), _>(Refusal::Pinned(3))));
         // What is not there is not there; nobody else is changed.
         wishes.pin(7, Some(0));
         assert_eq!(wishes.of(7), None);

@@ -46,12 +46,14 @@ pub fn draw(model: &Model, first: usize, area: Rect, buffer: &mut Buffer) {
     // The title, a line between tables, and the keys.
     let heights = share(area.height.saturating_sub(4), status.nodes.len(), vcpus.len(), pages.len());
     let title = format!(
-        "{}: {} vCPUs, {} on {} nodes; policy {}",
+        "{}: {} vCPUs, {} on {} nodes; policy {}, {} moves, {} failed",
         status.name,
         status.cpus,
         bytes(status.memory),
         status.nodes.iter().filter(|node| node.online).count(),
-        status.policy.as_deref().unwrap_or(UNKNOWN)
+        status.policy.as_deref().unwrap_or(UNKNOWN),
+        or_unknown(status.moves, |moves| moves.to_string()),
+        or_unknown(status.failures, |failures| failures.to_string())
     );
     let mut y = area.y;
     let mut place = |height: u16| {
@@ -209,7 +211,7 @@ mod tests {
                 "hot_pages": [{"address": 0x1f000, "faults": 9, "bounces": 7, "threads": [{"thread": "vcpu0", "faults": 9}]}]})
         };
         let status = |at_ms| {
-            Status::read(&json!({"name": "m", "cpus": 2, "memory": 268_435_456u64, "sched": {"policy": "static"},
+            Status::read(&json!({"name": "m", "cpus": 2, "memory": 268_435_456u64, "sched": {"policy": "static", "moves": 3},
                 "nodes": [{"host": "10.0.0.1", "online": true, "vcpus": [0, 1], "statistics": told(at_ms)},
                     {"host": "10.0.0.2", "online": false}],
                 "vcpus": [{"node": 0, "migrate": true, "reason": "it was placed there at the start",
@@ -226,7 +228,7 @@ mod tests {
     fn a_picture() {
         let text = text(&model(), Some(110));
         let words: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
-        assert_eq!(text.lines().next(), Some("m: 2 vCPUs, 256 MiB on 1 nodes; policy static"));
+        assert_eq!(text.lines().next(), Some("m: 2 vCPUs, 256 MiB on 1 nodes; policy static, 3 moves, - failed"));
         assert_eq!(words[2], ["0", "10.0.0.1", "0-1", "-", "100", "180", "-", "-", "1000", "KiB", "2", "MiB", "0"]);
         assert_eq!(words[3], ["1", "10.0.0.2", "offline", "-", "-", "-", "-", "-", "-", "-", "-"]);
         assert_eq!(&words[6][..9], ["0", "running", "0", "50%", "0%", "50%", "100", "-", "yes"]);
