@@ -106,28 +106,34 @@ impl Admin {
 
     /// Everything that is known of the machine.
     pub fn status(&self) -> Value {
-        let nodes = self.names.iter().zip(&self.placement.hosts).enumerate().map(|(node, (host, share))| {
+        let told: Vec<Value> = (0..self.names.len()).map(|node| self.statistics.of(node)).collect();
+        let of = |vcpu| self.vcpu_told(vcpu, self.statistics.owner(vcpu).and_then(|node| told.get(node)));
+        let vcpus: Vec<Value> = (0..self.placement.cpus()).map(of).collect();
+        let nodes = self.names.iter().zip(&self.placement.hosts).zip(told).enumerate().map(|(node, ((host, share), told))| {
             json!({"node": node, "host": host, "online": true, "vcpus": self.statistics.vcpus(node),
-                "memory": share.memory, "statistics": self.statistics.of(node)})
+                "memory": share.memory, "statistics": told})
         });
         let offline = self.offline.iter().zip(self.names.len()..);
         let offline = offline.map(|(host, node)| json!({"node": node, "host": host, "online": false}));
         let nodes: Vec<Value> = nodes.chain(offline).collect();
-        let vcpus: Vec<Value> = (0..self.placement.cpus()).map(|vcpu| self.vcpu_status(vcpu)).collect();
         json!({"name": self.name, "state": "running", "at_ms": self.statistics.now_ms(), "cpus": self.placement.cpus(),
             "memory": self.placement.memory(), "sched": self.scheduling.show(), "nodes": nodes, "vcpus": vcpus})
     }
 
     /// One vCPU: where it is and why, what the user decided, and its load as its node told last.
     pub fn vcpu_status(&self, vcpu: u32) -> Value {
-        let node = self.statistics.owner(vcpu);
-        let told = node.map(|node| self.statistics.of(node)).unwrap_or_default();
-        let load = told["vcpu_loads"].as_array().and_then(|loads| loads.iter().find(|load| load["vcpu"] == vcpu));
+        self.vcpu_told(vcpu, self.statistics.owner(vcpu).map(|node| self.statistics.of(node)).as_ref())
+    }
+
+    /// The same, with what its node told last.
+    fn vcpu_told(&self, vcpu: u32, told: Option<&Value>) -> Value {
+        let loads = told.and_then(|told| told["vcpu_loads"].as_array());
+        let load = loads.and_then(|loads| loads.iter().find(|load| load["vcpu"] == vcpu));
         let wish = self.wishes.of(vcpu);
         let why = self.wishes.why(vcpu);
-        json!({"vcpu": vcpu, "node": node, "home": self.placement.owner(vcpu), "pin": wish.and_then(|wish| wish.pin),
-            "migrate": wish.is_some_and(|wish| wish.may_migrate), "why": why.as_ref().map(Why::name),
-            "reason": why.map(|why| why.to_string()), "load": load})
+        json!({"vcpu": vcpu, "node": self.statistics.owner(vcpu), "home": self.placement.owner(vcpu),
+            "pin": wish.and_then(|wish| wish.pin), "migrate": wish.is_some_and(|wish| wish.may_migrate),
+            "why": why.as_ref().map(Why::name), "reason": why.map(|why| why.to_string()), "load": load})
     }
 
     fn migrate(&self, vcpu: &Value, node: &Value) -> Result<Value, Failure> {
@@ -455,13 +461,14 @@ mod tests {
         let untold = explain(None, Some(json!("0x8000010")));
         assert_eq!((&untold["page"], &untold["home"], &untold["nodes"]), (&json!(0x800_0000), &json!(1), &json!([])));
         assert_eq!(admin.vcpu_status(0)["load"], json!(null));
-        let hot = json!({"address": 0x1000, "faults": 30, "bounces": 20, "threads": [{"thread": "vcpu0", "faults": 25}]});
+        let hot = json!({"address": 0x1000, "faults": 30, "bounces": 0, "threads": [{"thread": "vcpu0", "faults": 25}]});
+        let fetched_once = json!({"address": 0x2000, "faults": 1, "bounces": 0, "threads": [{"thread": "vcpu0", "faults": 1}]});
         let load = json!({"vcpu": 0, "ran": 0.5, "state": "running"});
-        admin.statistics.keep(0, &json!({"event": "statistics", "hot_pages": [hot], "vcpu_loads": [load]}));
+        admin.statistics.keep(0, &json!({"event": "statistics", "hot_pages": [hot, fetched_once], "vcpu_loads": [load]}));
         let hot = json!({"address": 0x1000, "faults": 9, "bounces": 8, "threads": "none"});
         admin.statistics.keep(1, &json!({"event": "statistics", "hot_pages": [hot, 7], "vcpu_loads": 3}));
         let page = explain(None, Some(json!(0x1fff)));
-        assert_eq!((&page["page"], &page["home"], &page["bounces"]), (&json!(0x1000), &json!(0), &json!(28)));
+        assert_eq!((&page["page"], &page["home"], &page["bounces"]), (&json!(0x1000), &json!(0), &json!(8)));
         assert_eq!(page["nodes"][0]["threads"][0], json!({"thread": "vcpu0", "faults": 25}));
         let vcpu = explain(Some(json!(0)), None);
         assert_eq!(vcpu["pages"], json!([{"address": 0x1000, "node": 0, "faults": 25}]));

@@ -12,13 +12,14 @@ const PAGE: u64 = 4096;
 pub fn vcpu(admin: &Admin, vcpu: u32) -> Value {
     let mut told = admin.vcpu_status(vcpu);
     let thread = format!("vcpu{vcpu}");
-    let pages: Vec<Value> = hot_pages(admin)
-        .into_iter()
-        .filter_map(|(node, page)| {
-            let fights = page["threads"].as_array()?.iter().find(|t| t["thread"] == *thread)?;
-            Some(json!({"address": page["address"], "node": node, "faults": fights["faults"]}))
-        })
-        .collect();
+    let hot = hot_pages(admin);
+    // Not every node sees a page taken away.
+    let bounced = |page: &Value| hot.iter().any(|(_, hot)| hot["address"] == page["address"] && hot["bounces"].as_u64() > Some(0));
+    let fought = hot.iter().filter(|(_, page)| bounced(page)).filter_map(|(node, page)| {
+        let fights = page["threads"].as_array()?.iter().find(|t| t["thread"] == *thread)?;
+        Some(json!({"address": page["address"], "node": node, "faults": fights["faults"]}))
+    });
+    let pages: Vec<Value> = fought.collect();
     let mut message = match told["node"].as_u64() {
         Some(node) => format!("vCPU {vcpu} is on node {node}: {}", told["reason"].as_str().unwrap_or("-")),
         None => format!("vCPU {vcpu} is nowhere"),

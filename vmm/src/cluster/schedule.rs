@@ -321,6 +321,10 @@ impl Scheduling for Schedule {
             let ago = s.now().saturating_sub(moved.at) / 1000;
             let Decision { from, to, .. } = moved.decision;
             message += &match &moved.outcome {
+                // Why it is where it is has been said.
+                Outcome::Moved if s.wishes.why(vcpu) == Some(Why::Scheduled(moved.decision.why())) => {
+                    format!("; moved from node {from} {ago} s ago")
+                }
                 Outcome::Moved => format!("; moved from node {from} to node {to} {ago} s ago: {}", moved.decision.why()),
                 Outcome::UnderWay => format!("; it is moving to node {to}: {}", moved.decision.why()),
                 Outcome::Failed(why) => format!("; it was to go to node {to} {ago} s ago: {why}"),

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 /// Longest text from elsewhere that is shown.
-const LONGEST: usize = 240;
+const LONGEST: usize = 2000;
 
 /// Most contended pages of a node, and threads of a page, that are shown.
 const MOST_PAGES: usize = 64;

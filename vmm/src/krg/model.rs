@@ -78,7 +78,8 @@ impl Model {
                 page.who.push((number, hot.threads.clone()));
             }
         }
-        let mut pages: Vec<_> = pages.into_values().collect();
+        // A page that was fetched once is nothing to fight for.
+        let mut pages: Vec<_> = pages.into_values().filter(|page| page.bounces > 0).collect();
         pages.sort_by(|a, b| {
             let rates = b.bounce_rate.unwrap_or(0.0).total_cmp(&a.bounce_rate.unwrap_or(0.0));
             rates.then(b.bounces.cmp(&a.bounces))
@@ -107,7 +108,7 @@ mod tests {
         let told = |pages| json!({"at_ms": at_ms, "bounces": bounces, "hot_pages": pages});
         Status::read(&json!({
             "nodes": [
-                {"online": true, "statistics": told(json!([page(0x1000, bounces), page(0x2000, 5000)]))},
+                {"online": true, "statistics": told(json!([page(0x1000, bounces), page(0x2000, 5000), page(0x3000, 0)]))},
                 {"online": true, "statistics": told(json!([page(0x1000, bounces)]))},
                 {"online": false}],
             "vcpus": [{"node": 0, "load": {"ran": 0.5, "waited": 0.25}}, {"node": 1, "load": {"ran": 0.5}}]}))
@@ -137,6 +138,7 @@ mod tests {
         let pages = model.contended();
         assert_eq!((pages[0].address, pages[0].bounces, pages[0].bounce_rate), (0x1000, 80, Some(60.0)));
         assert_eq!(pages[0].who.iter().map(|(node, _)| *node).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(pages.len(), 2);
         assert_eq!((pages[1].address, pages[1].bounce_rate), (0x2000, Some(0.0)));
     }
 }

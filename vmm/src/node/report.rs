@@ -115,9 +115,24 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
 fn hot_page(dsm: &Dsm, hot: &HotPage) -> Value {
     let name = |thread: u32| {
         let comm = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
-        comm.map_or_else(|_| format!("thread {thread}"), |comm| comm.trim().to_owned())
+        comm.map_or_else(|_| format!("thread {thread}"), |comm| fighter(comm.trim()))
     };
     let threads: Vec<Value> =
         hot.threads.iter().map(|(thread, faults)| json!({"thread": name(*thread), "faults": faults})).collect();
     json!({"address": dsm.ram().gpa_of(hot.page), "faults": hot.faults, "bounces": hot.bounces, "threads": threads})
+}
+
+/// A vCPU that has left had its faults when its thread was not yet a proxy, which itself touches no guest memory.
+fn fighter(comm: &str) -> String {
+    comm.strip_prefix("proxy").map_or_else(|| comm.to_owned(), |vcpu| format!("vcpu{vcpu}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fighter_keeps_its_name_when_it_has_left() {
+        assert_eq!(["vcpu3", "proxy3", "virtio-blk"].map(fighter), ["vcpu3", "vcpu3", "virtio-blk"]);
+    }
 }
