@@ -94,18 +94,20 @@ struct Vcpu {
     wish: Wish,
     /// How it came where it is.
     came: Why,
+    /// It has a pin, and is there or on its way: not so after a restart.
+    at_pin: bool,
 }
 
 impl Wishes {
     /// The start: nothing is pinned, everything may move, and is where it was placed.
     pub fn new(vcpus: u32) -> Self {
-        let vcpu = Vcpu { wish: Wish { pin: None, may_migrate: true }, came: Why::Placed };
+        let vcpu = Vcpu { wish: Wish { pin: None, may_migrate: true }, came: Why::Placed, at_pin: false };
         Self(Arc::new(Mutex::new(vec![vcpu; vcpus as usize])))
     }
 
     /// The guest starts again: its vCPUs are where they were placed. What the user decided stays.
     pub fn restarted(&self) {
-        self.lock().iter_mut().for_each(|vcpu| vcpu.came = Why::Placed);
+        self.lock().iter_mut().for_each(|vcpu| (vcpu.came, vcpu.at_pin) = (Why::Placed, false));
     }
 
     /// What the user wants of a vCPU; `None`: there is no such vCPU.
@@ -117,7 +119,7 @@ impl Wishes {
     pub fn why(&self, vcpu: u32) -> Option<Why> {
         let all = self.lock();
         let vcpu = all.get(vcpu as usize)?;
-        Some(if vcpu.wish.pin.is_some() { Why::Pinned } else { vcpu.came.clone() })
+        Some(if vcpu.at_pin { Why::Pinned } else { vcpu.came.clone() })
     }
 
     /// Does `act`, which asks for a move, if the vCPU may move to `node`. A pin or a capability that changes meanwhile
@@ -129,7 +131,7 @@ impl Wishes {
 
     /// Pins a vCPU, or lifts its pin. Nobody moves it elsewhere from now on; it is not moved by this.
     pub fn pin(&self, vcpu: u32, node: Option<usize>) {
-        self.change(vcpu, |vcpu| vcpu.wish.pin = node);
+        self.change(vcpu, |vcpu| (vcpu.wish.pin, vcpu.at_pin) = (node, node.is_some()));
     }
 
     /// Pins as [`Wishes::pin`] does, if the pin is still `before`: undoes a pin that could not be carried out,
@@ -137,7 +139,7 @@ impl Wishes {
     pub fn pin_again(&self, vcpu: u32, before: Option<usize>, node: Option<usize>) {
         self.change(vcpu, |vcpu| {
             if vcpu.wish.pin == before {
-                vcpu.wish.pin = node;
+                (vcpu.wish.pin, vcpu.at_pin) = (node, node.is_some());
             }
         });
     }
@@ -149,7 +151,7 @@ impl Wishes {
 
     /// A vCPU has been moved, for this reason.
     pub fn came(&self, vcpu: u32, why: Why) {
-        self.change(vcpu, |vcpu| vcpu.came = why);
+        self.change(vcpu, |vcpu| (vcpu.came, vcpu.at_pin) = (why, vcpu.wish.pin.is_some()));
     }
 
     fn change(&self, vcpu: u32, how: impl FnOnce(&mut Vcpu)) {
@@ -218,7 +220,10 @@ mod tests {
         assert_eq!(wishes.why(0), Some(Why::Pinned));
         wishes.pin(0, None);
         assert_eq!(wishes.why(0), Some(Why::Moved));
+        wishes.pin(0, Some(1));
         wishes.restarted();
-        assert_eq!(wishes.why(0), Some(Why::Placed));
+        assert_eq!((wishes.of(0).unwrap().pin, wishes.why(0)), (Some(1), Some(Why::Placed)));
+        wishes.came(0, Why::Scheduled("it is pinned there".into()));
+        assert_eq!(wishes.why(0), Some(Why::Pinned));
     }
 }
