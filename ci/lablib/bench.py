@@ -14,6 +14,7 @@ PROG = "ci/bench"
 BENCHES = {
     "dsm": ("krg-vmm", "dsm", "faults on another node's pages, and reading its memory, beside their floors"),
     "migrate": ("krg-vmm", "migrate", "how long a vCPU stands still when it moves, beside its floor"),
+    "sched": ("krg-vmm", "sched", "what the scheduler does to loads of vCPUs, beside leaving them where they are"),
 }
 #: Those that need the lab: name, function, and what it is about.
 LAB_BENCHES = {

@@ -2,6 +2,7 @@
 //! first GiB mapped one to one and local APICs in x2APIC mode. It starts the other vCPUs by INIT and SIPI and enters
 //! every program at CPL 3.
 
+use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::{
     CodeAssembler, al, ax, byte_ptr, cr0, cr3, cr4, ds, eax, ebx, ecx, edx, es, fs, gs, ptr, qword_ptr, rax, rbx, rcx, rdi, rdx,
     rsi, rsp,
@@ -18,6 +19,8 @@ const ENTER: u64 = START + 0x400;
 const TABLES: u64 = START + 0x800;
 const PARAMETERS: u64 = START + 0x1000;
 const PARAMETERS_LEN: u64 = 64;
+/// Interrupt descriptors of a vCPU that waits for its time.
+const WAITING: u64 = START + 0xd00;
 /// The start-up code that is copied to the page of the start-up vector.
 const TRAMPOLINE: u64 = START + 0xc00;
 const TRAMPOLINE_LEN: usize = 0x100;
@@ -32,6 +35,12 @@ const MAX_VCPUS: usize = ((BASE - PARAMETERS) / PARAMETERS_LEN) as usize;
 /// x2APIC: own id, interrupt command.
 const APIC_ID: u32 = 0x802;
 const ICR: u32 = 0x830;
+const SPURIOUS: u32 = 0x80f;
+const LVT_TIMER: u32 = 0x832;
+const TSC_DEADLINE: u32 = 0x6e0;
+/// The timer's vector, and its entry with TSC deadlines.
+const TIMER: u32 = 0x20;
+const TIMER_ENTRY: u32 = 2 << 17 | TIMER;
 const EFER: u32 = 0xc000_0080;
 /// NXE, LME, SCE.
 const LONG_MODE: u32 = 0x901;
@@ -39,16 +48,27 @@ const LONG_MODE: u32 = 0x901;
 /// What the guest leaves for its programs' data starts here.
 pub const DATA: u64 = START + 0x10_0000;
 
+/// When a vCPU begins with its program. Until then it halts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// At once.
+    Now,
+    /// When the TSC is so high; not 0.
+    At(u64),
+    /// Never.
+    Never,
+}
+
 /// A builder of guests with `memory` bytes for [`elf`].
 pub fn builder(memory: u64) -> Builder {
     Builder { base: BASE, end: END, accessed_dirty: true, ..Builder::new(memory) }
 }
 
-/// The image of a guest that [`builder`] laid out. vCPUs for which `idle` says so run no program but halt.
+/// The image of a guest that [`builder`] laid out; `begin` says when each vCPU begins.
 ///
 /// # Errors
 /// Too many vCPUs.
-pub fn elf(guest: &MicroGuest, idle: impl Fn(usize) -> bool) -> Result<Vec<u8>, MicroError> {
+pub fn elf(guest: &MicroGuest, begin: impl Fn(usize) -> Begin) -> Result<Vec<u8>, MicroError> {
     if guest.vcpus.is_empty() || guest.vcpus.len() > MAX_VCPUS {
         return Err(MicroError::Parameter("the number of vCPUs is not one that the image has room for"));
     }
@@ -57,14 +77,23 @@ pub fn elf(guest: &MicroGuest, idle: impl Fn(usize) -> bool) -> Result<Vec<u8>, 
     let mut put = |at: u64, bytes: &[u8]| image[(at - START) as usize..][..bytes.len()].copy_from_slice(bytes);
     guest.writes.iter().for_each(|(at, bytes)| put(*at, bytes));
     put(START, &start(guest.vcpus.len())?);
-    put(ENTER, &enter()?);
+    let (code, run) = enter()?;
+    put(ENTER, &code);
     let first = guest.vcpus[0];
     put(TRAMPOLINE, &trampoline(first.gdt, first.cr3)?);
     put(TABLES, &pointer(first.gdt));
     put(TABLES + 16, &pointer(first.idt));
+    put(TABLES + 32, &pointer((WAITING, (TIMER + 1) as u16 * 16 - 1)));
+    // An interrupt gate: the timer ends the wait by going on where the program is entered.
+    let gate = run & 0xffff | u64::from(KERNEL_CODE) << 16 | 0x8e << 40 | (run >> 16 & 0xffff) << 48;
+    put(WAITING + u64::from(TIMER) * 16, &gate.to_le_bytes());
     for (vcpu, regs) in guest.vcpus.iter().enumerate() {
-        let rip = if idle(vcpu) { 0 } else { regs.rip };
-        let words = [rip, regs.rsp, u64::from(regs.tss.0), regs.cr3, regs.rdi];
+        let (rip, at) = match begin(vcpu) {
+            Begin::Now => (regs.rip, 0),
+            Begin::At(at) => (regs.rip, at),
+            Begin::Never => (0, 0),
+        };
+        let words = [rip, regs.rsp, u64::from(regs.tss.0), regs.cr3, regs.rdi, at];
         put(PARAMETERS + vcpu as u64 * PARAMETERS_LEN, &words.map(u64::to_le_bytes).concat());
     }
     for regs in &guest.vcpus {
@@ -159,10 +188,11 @@ fn trampoline(gdt: (u64, u16), root: u64) -> Result<Vec<u8>, MicroError> {
     Ok(code)
 }
 
-/// What every vCPU does in 64-bit mode: takes its tables and enters its program, or halts.
-fn enter() -> Result<Vec<u8>, MicroError> {
+/// What every vCPU does in 64-bit mode: takes its tables and enters its program, or halts; and where in it the
+/// program is entered.
+fn enter() -> Result<(Vec<u8>, u64), MicroError> {
     let mut asm = CodeAssembler::new(64)?;
-    let (mut halt, mut run) = (asm.create_label(), asm.create_label());
+    let (mut halt, mut run, mut wait) = (asm.create_label(), asm.create_label(), asm.create_label());
     asm.mov(ecx, APIC_ID)?;
     asm.rdmsr()?;
     asm.mov(ebx, eax)?;
@@ -185,12 +215,31 @@ fn enter() -> Result<Vec<u8>, MicroError> {
     [ds, es, fs, gs].into_iter().try_for_each(|segment| asm.mov(segment, ax))?;
     asm.mov(rax, qword_ptr(rbx + 16))?;
     asm.ltr(ax)?;
+    asm.cmp(qword_ptr(rbx + 40), 0)?;
+    asm.jne(wait)?;
     asm.cmp(qword_ptr(rbx), 0)?;
     asm.jne(run)?;
     asm.set_label(&mut halt)?;
     asm.hlt()?;
     asm.jmp(halt)?;
+    asm.set_label(&mut wait)?;
+    asm.mov(rax, TABLES)?;
+    asm.lidt(ptr(rax + 32))?;
+    asm.mov(rsp, qword_ptr(rbx + 8))?;
+    // INIT has switched the local APIC off.
+    write_msr(&mut asm, SPURIOUS, 0x1ff)?;
+    write_msr(&mut asm, LVT_TIMER, TIMER_ENTRY)?;
+    asm.mov(ecx, TSC_DEADLINE)?;
+    asm.mov(rax, qword_ptr(rbx + 40))?;
+    asm.mov(rdx, rax)?;
+    asm.shr(rdx, 32)?;
+    asm.wrmsr()?;
+    asm.sti()?;
+    asm.jmp(halt)?;
     asm.set_label(&mut run)?;
+    // The frame of the interrupt, if there was one, is forgotten, and the interrupt never ends: no other comes.
+    asm.mov(rax, TABLES)?;
+    asm.lidt(ptr(rax + 16))?;
     asm.mov(rsp, qword_ptr(rbx + 8))?;
     asm.mov(rcx, qword_ptr(rbx + 8))?;
     asm.mov(rdx, qword_ptr(rbx))?;
@@ -201,7 +250,17 @@ fn enter() -> Result<Vec<u8>, MicroError> {
     asm.push(i32::from(USER_CODE))?;
     asm.push(rdx)?;
     asm.iretq()?;
-    Ok(asm.assemble(ENTER)?)
+    let code = asm.assemble_options(ENTER, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+    let run = code.label_ip(&run)?;
+    Ok((code.inner.code_buffer, run))
+}
+
+fn write_msr(asm: &mut CodeAssembler, index: u32, value: u32) -> Result<(), MicroError> {
+    asm.mov(ecx, index)?;
+    asm.mov(eax, value)?;
+    asm.xor(edx, edx)?;
+    asm.wrmsr()?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -212,15 +271,16 @@ mod tests {
     #[test]
     fn parts_do_not_overlap_and_the_image_is_whole() {
         let guest = builder(64 << 20).build(5, done).unwrap();
-        let elf = elf(&guest, |vcpu| vcpu == 4).unwrap();
+        let elf = elf(&guest, |vcpu| [Begin::Now, Begin::At(7), Begin::Now, Begin::Now, Begin::Never][vcpu]).unwrap();
         assert!(start(MAX_VCPUS).unwrap().len() as u64 <= ENTER - START);
-        assert!(enter().unwrap().len() as u64 <= TABLES - ENTER);
+        assert!(enter().unwrap().0.len() as u64 <= TABLES - ENTER);
         let at = |address: u64| &elf[120 + (address - START) as usize..];
         let word = |address: u64| u64::from_le_bytes(at(address)[..8].try_into().unwrap());
         for (address, bytes) in guest.writes.iter().filter(|(address, _)| *address != guest.vcpus[0].gdt.0) {
             assert!(at(*address).starts_with(bytes), "{address:#x}");
         }
         assert_eq!(word(PARAMETERS + PARAMETERS_LEN), guest.vcpus[1].rip);
+        assert_eq!(word(PARAMETERS + PARAMETERS_LEN + 40), 7, "later");
         assert_eq!(word(PARAMETERS + 4 * PARAMETERS_LEN), 0, "idle");
         for regs in &guest.vcpus {
             assert_eq!(at(regs.gdt.0 + u64::from(regs.tss.0))[5] & 0xf, 9, "an available TSS");
@@ -231,6 +291,6 @@ mod tests {
     fn more_vcpus_than_there_is_room_for_are_refused() {
         let mut guest = builder(64 << 20).build(1, done).unwrap();
         guest.vcpus = vec![guest.vcpus[0]; MAX_VCPUS + 1];
-        assert!(matches!(elf(&guest, |_| false), Err(MicroError::Parameter(_))));
+        assert!(matches!(elf(&guest, |_| Begin::Now), Err(MicroError::Parameter(_))));
     }
 }

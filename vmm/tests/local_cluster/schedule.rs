@@ -6,7 +6,7 @@ use std::sync::MutexGuard;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use krg_guest_kernel::micro::boot;
+use krg_guest_kernel::micro::boot::{self, Begin};
 use krg_guest_kernel::micro::load::{self, Phase, Work};
 use krg_scheduler::{Reason, Record, replay};
 use serde_json::{Value, json};
@@ -17,15 +17,17 @@ use super::program::{PATIENCE, Program};
 const MEMORY: u64 = 256 << 20;
 /// A page of the first node and one of the second.
 const SHARED: u64 = boot::DATA + (2 << 20);
+/// Ticks of the TSC between two words on the console.
+const EVERY: u32 = 1 << 30;
 /// As long as the scheduler needs for several decisions, in which nothing must happen.
 const QUIET: Duration = Duration::from_secs(4);
 
 /// A guest with a vCPU for each of these; `None`: it halts.
 fn guest(works: &[Option<Work>]) -> Vec<u8> {
-    let phase = |work| Phase { work, until: u64::MAX, rounds: 1 << 16 };
+    let phase = |work| Phase { work, until: u64::MAX };
     let program = |vcpu: usize| [phase(works[vcpu].unwrap_or(Work::Count))];
-    let micro = boot::builder(MEMORY).build(works.len(), |asm, vcpu| load::program(asm, vcpu, &program(vcpu))).unwrap();
-    boot::elf(&micro, |vcpu| works[vcpu].is_none()).unwrap()
+    let micro = boot::builder(MEMORY).build(works.len(), |asm, vcpu| load::program(asm, vcpu, &program(vcpu), EVERY)).unwrap();
+    boot::elf(&micro, |vcpu| if works[vcpu].is_some() { Begin::Now } else { Begin::Never }).unwrap()
 }
 
 const TURNS: [Option<Work>; 2] = [Some(Work::Turns { word: SHARED, odd: false }), Some(Work::Turns { word: SHARED, odd: true })];
