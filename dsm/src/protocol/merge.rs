@@ -104,8 +104,15 @@ impl<const W: usize> Engine<W> {
             _ => self.tables.take_orphans(&self.geometry),
         };
         for (home, mut changes) in by_home {
-            // What is written to a page that is a table no longer is nobody else's business.
-            changes.retain(|c| !orphans.contains(&c.page));
+            // What is written to a page that is a table no longer is no merge, but data: it is this node's difference
+            // until the page has one owner, whoever that is.
+            changes.retain(|c| {
+                let orphan = orphans.contains(&c.page);
+                if orphan {
+                    self.tables.unmerge(c.page, usize::from(c.word), c.old);
+                }
+                !orphan
+            });
             self.counters.words_merged += changes.len() as u64;
             for part in changes.chunks(MAX_CHANGES) {
                 let id = self.merge_id();

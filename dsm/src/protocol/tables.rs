@@ -147,6 +147,13 @@ impl<const W: usize> Tables<W> {
         }
     }
 
+    /// Word `word` of a replica that is leaving was not merged after all: its twin is `old` again.
+    pub fn unmerge(&mut self, page: u32, word: usize, old: u64) {
+        if let Some((_, replica)) = self.replicas.get_mut(&page).filter(|(_, replica)| replica.leaving) {
+            replica.twin[word] = old;
+        }
+    }
+
     /// Replicas that are page tables no longer, children of such included. They are marked as leaving:
     /// each is returned once.
     pub fn take_orphans(&mut self, geometry: &Geometry) -> Vec<u32> {

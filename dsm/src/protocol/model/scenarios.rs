@@ -442,6 +442,25 @@ fn a_table_reused_as_data_on_the_other_node_has_one_writer_again() {
 }
 
 #[test]
+fn what_was_written_to_a_freed_table_before_it_was_found_out_is_kept() {
+    for homes in TABLE_HOMES {
+        // Whichever node asks first, the new owner has what node 0 wrote: node 1 may learn of the unlinked table, and
+        // find it out by a flush of its own, before home hears of it from node 0.
+        let world = warmed(
+            homes,
+            &[
+                &[Store(UPPER, 0, 0), Store(TABLE, 1, 8), Interrupt(1), Load(TABLE, 1)],
+                &[Interrupt(0), AwaitInterrupt, Load(TABLE, 1)],
+            ],
+        );
+        holds("a freed table's data", world, 1, |w| {
+            let last: Vec<_> = w.cpus.iter().filter_map(|cpu| cpu.results.last().copied()).collect();
+            require(last == [8, 8] && w.value(TABLE, 1) == 8, || format!("{last:?}"))
+        });
+    }
+}
+
+#[test]
 fn one_word_changed_by_two_nodes_falls_back_to_one_writer() {
     for homes in TABLE_HOMES {
         let other = NEW + 0x1000;
