@@ -130,12 +130,12 @@ class LabHosts:
             raise LabError(f"{host}: its kernel doesn't say how fast its TSC is")
         return round(float(match.group(1)) * 1000)
 
-    def emulation_options(self, slower=SLOWER):
+    def emulation_options(self):
         """The guest's kernel parameters for a machine over several emulated hosts; says what they do."""
         khz = self.tsc_khz("h0")
-        say(f"     for the sake of emulation: {OPTIONS}; the guest's clock runs {slower} times slower than real "
-            f"time (its TSC has {khz} kHz, tsc_early_khz={khz * slower} tells it otherwise)")
-        return f"{OPTIONS} tsc_early_khz={khz * slower}"
+        say(f"     for the sake of emulation: {OPTIONS}; the guest's clock runs {SLOWER} times slower than real "
+            f"time (its TSC has {khz} kHz, tsc_early_khz={khz * SLOWER} tells it otherwise)")
+        return f"{OPTIONS} tsc_early_khz={khz * SLOWER}"
 
     def status(self, socket):
         """What the control socket `socket` of the krg-vmm on h0 says."""

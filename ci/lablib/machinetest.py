@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import bootfiles, cargotest, guestimage
 from .errors import LabError
-from .labmachine import LAB, SLOWER, LabHosts, Machine
+from .labmachine import LAB, LabHosts, Machine
 from .network import address
 from .paths import OUT
 from .steps import Counts, say
@@ -89,7 +89,7 @@ class MachineTests:
             subprocess.run(["mkfs.ext4", "-q", "-d", folder, image, "8M"], stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, check=True)
 
-    def machine_over_all(self, name, append, *options, image=IMAGE, slower=SLOWER):
+    def machine_over_all(self, name, append, *options, image=IMAGE):
         """A machine over all hosts that starts to boot."""
         for host in [f"h{index}" for index in range(1, self.hosts.count)]:
             if not self.hosts.processes(host):
@@ -98,7 +98,7 @@ class MachineTests:
         self.programs_disk()
         # Steps say what runs where; the scheduler would bring CPUs that share pages together.
         sched = [] if "--sched" in options else ["--sched", "off"]
-        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", PROGRAMS, "--append", f"{self.hosts.emulation_options(slower)} {append}",
+        arguments = ["--nodes", "/tmp/hosts.txt", "--disk", PROGRAMS, "--append", f"{self.hosts.emulation_options()} {append}",
                      *sched, *options, image]
         return Machine(self.hosts, name, arguments, LOGS)
 

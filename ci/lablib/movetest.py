@@ -20,18 +20,15 @@ from .steps import say
 IMAGE = "/lab/images/debian-build.img"
 #: Moves while the guest works.
 MOVES = int(os.environ.get("MOVES", "100"))
-#: How much slower the guest's clock runs: twice and a half what it does elsewhere. The clock's ticks cost the more page
-#: transfers the more the CPUs are away from their memory.
-SLOWER = 100
 #: Seconds from one move to the next.
 PAUSE = float(os.environ.get("MOVE_PAUSE", "0.2"))
-#: One on each host.
-CPUS = 3
+#: Hosts, with a vCPU each.
+CPUS = int(os.environ.get("MOVE_HOSTS", "2"))
 SEED = int(os.environ.get("MOVE_SEED", "1"))
 #: The guest's network card is this end of a wire; the host's is the other.
 TAP, HOST, GUEST, PORT = "tap0", "10.99.0.1", "10.99.0.2", 7000
 #: What is compiled meanwhile, as in the demo without optimization; `bzip2` is all of it.
-TARGETS = os.environ.get("MOVE_TARGETS", "crctable.o randtable.o huffman.o")
+TARGETS = os.environ.get("MOVE_TARGETS", "crctable.o randtable.o")
 MAKE = f"CFLAGS='-O0 -D_FILE_OFFSET_BITS=64' {TARGETS}"
 #: Parts of a move (`vmm/src/machine/move_times.rs`) after which a host is lost: those of the source, and of the target.
 SOURCE, TARGET = ("asked", "stopped", "saved", "sent"), ("came", "woken", "alone", "restored", "entered")
@@ -63,15 +60,15 @@ while True:
 
 
 def moving(tests):
-    """The step: a machine over three hosts whose vCPUs move until they have moved MOVES times."""
-    tests.up(hosts=3, cpus_each=1, mib_each=384)
+    """The step: a machine over all hosts whose vCPUs move until they have moved MOVES times."""
+    tests.up(hosts=CPUS, cpus_each=1, mib_each=384)
     programs(tests.hosts)
     network(tests.hosts)
-    with tests.all_cpus_up("moving", "--api", machinetest.API, "--net", TAP, nodes=3, cpus=3, image=IMAGE, slower=SLOWER) as machine:
+    with tests.all_cpus_up("moving", "--api", machinetest.API, "--net", TAP, nodes=CPUS, cpus=CPUS, image=IMAGE) as machine:
         try:
             machine.expect(r"Run /bin/sh as init process", 780)
             say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
-            machinetest.look_around(machine, cpus=3, nodes=3, mib=3 * 384)
+            machinetest.look_around(machine, cpus=CPUS, nodes=CPUS, mib=CPUS * 384)
             enter(machine)
             with serving(tests.hosts):
                 work(tests.hosts, machine)
@@ -158,13 +155,15 @@ def serving(hosts):
 def work(hosts, machine):
     """The guest's work while its vCPUs move; all of it has to come out as if they did not."""
     begun, start = time.monotonic(), machine.seen
-    machine.check(f"/mnt/guest-witness 0 1 2 {HOST}:{PORT} >/tmp/witness 2>&1 & echo $! >/tmp/witness.pid; "
-                  f"(make -C /tmp/{PROJECT} -j3 {MAKE} 2>&1; echo $? >/tmp/make.status) & "
-                  "(while ! test -e /tmp/moved; do /mnt/guest-litmus 64 1 0 1 2 || break; sleep 0.05; done >/tmp/litmus 2>&1; "
+    cpus = " ".join(map(str, range(CPUS)))
+    machine.check(f"/mnt/guest-witness {cpus} {HOST}:{PORT} >/tmp/witness 2>&1 & echo $! >/tmp/witness.pid; "
+                  f"(make -C /tmp/{PROJECT} -j{CPUS} {MAKE} 2>&1; echo $? >/tmp/make.status) & "
+                  f"(while ! test -e /tmp/moved; do /mnt/guest-litmus 64 1 {cpus} || break; sleep 0.05; done >/tmp/litmus 2>&1; "
                   "echo over >>/tmp/litmus) & true", 300)
     with in_host(hosts, "python3", f"/lab/share/{CLIENT}", machinetest.API) as client:
         times = move(client, machine, random.Random(SEED))
-        machine.check("touch /tmp/moved", 300)
+        # What the litmus tests are in the middle of would go on for long, and take the CPUs from all else.
+        machine.check("touch /tmp/moved; pkill guest-litmus || true", 300)
         for vcpu in range(CPUS):
             # One on each host, in their order: where they were placed.
             request(client, machine, {"cmd": "migrate", "vcpu": vcpu, "node": vcpu})
@@ -177,14 +176,14 @@ def work(hosts, machine):
     machine.check("kill $(cat /tmp/witness.pid)", 300)
     said = machine.check("while ! tail -1 /tmp/litmus | grep -q over || ! grep -q witness: /tmp/witness; do sleep 0.02; done; "
                          "cat /tmp/litmus /tmp/witness", 1800)
-    rounds = said.count("litmus: all as allowed")
-    assert rounds and "FORBIDDEN" not in said, f"litmus tests: {said[-600:]}"
+    rounds = len(re.findall(r": \d+ iterations, .*", said))
+    assert rounds and not re.search(r": \d+ iterations, [1-9]", said), f"litmus tests: {said[-600:]}"
     for line in re.findall(r"(?:clock|tcp): .*", said):
         say(f"     {line.strip()}")
     assert "witness: all well" in said, f"witness: {said[-600:]}"
     trouble = re.search(r".*(?:lockup|stall|Call Trace|BUG|WARNING|not responding|unresponsive).*", machine.text[start:])
     assert not trouble, f"the kernel complains: {trouble.group()}"
-    say(f"     {TARGETS}: as compiled on this machine (sha256 {digest[:16]}...); litmus tests {rounds} times, nothing forbidden; no complaint of the "
+    say(f"     {TARGETS}: as compiled on this machine (sha256 {digest[:16]}...); {rounds} litmus tests, nothing forbidden; no complaint of the "
         f"kernel's ({time.monotonic() - begun:.0f} s)")
 
 

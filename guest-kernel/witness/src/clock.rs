@@ -8,7 +8,7 @@ use std::time::Duration;
 /// Readings on one CPU between two that are compared with all CPUs'.
 const BURST: u64 = 256;
 /// How long a thread sleeps between bursts.
-const SLEEP: Duration = Duration::from_millis(2);
+const SLEEP: Duration = Duration::from_millis(20);
 
 /// A word on a page of its own.
 #[derive(Debug, Default)]
@@ -155,7 +155,7 @@ mod tests {
         let over = AtomicBool::new(false);
         let told = std::thread::scope(|scope| {
             let thread = scope.spawn(|| watch(0, &watched, &over));
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(60));
             over.store(true, Ordering::SeqCst);
             thread.join().unwrap().unwrap()
         });

@@ -11,7 +11,7 @@ const BLOCK: usize = 4000;
 /// Spreads consecutive numbers over all bits.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Between two exchanges.
-const PAUSE: Duration = Duration::from_millis(4);
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What was exchanged.
 #[derive(Debug, Default, PartialEq, Eq)]
