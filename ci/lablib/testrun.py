@@ -36,6 +36,12 @@ def images():
     os.environ.setdefault("KRG_TEST_KERNELS", ":".join(map(str, kernels)))
 
 
+def image_with_compiler():
+    """Makes the guest image that the moving machine compiles in."""
+    image = guestimage.obtain("build")
+    say(f"     {image.name}: {image.stat().st_blocks * 512 >> 20} MiB on disk")
+
+
 def need_root(function):
     """A step that only root can try: images and labs mount, and make network namespaces."""
     def step():
@@ -50,7 +56,7 @@ def steps(machines):
     return [
         ("build", cargotest.build, ()),
         ("guest image", need_root(images), ()),
-        ("guest image with a compiler", need_root(lambda: guestimage.obtain("build")), ()),
+        ("guest image with a compiler", need_root(image_with_compiler), ()),
         ("cargo test", cargotest.test, ("build",)),
         ("lab commands", need_root(lab_commands), ()),
         ("lab", need_root(machines.lab), ("build", "guest image")),
