@@ -111,6 +111,71 @@ pub fn run(options: &Options, runner: Arc<dyn Runner>, reporter: Reporter) -> Re
     }
 }
 
+/// What outlives restarts of the guest: where vCPUs are, what users and the scheduler want of them, and the user's
+/// ways to the machine, which are closed when it is dropped.
+struct Steering {
+    placement: Placement,
+    statistics: Statistics,
+    wishes: Wishes,
+    schedule: Schedule,
+    _guards: (Option<Api>, Option<RawMode>),
+}
+
+impl Steering {
+    /// Opens the control socket and gives the guest the terminal. `offline`: hosts of the file that did not answer.
+    fn new(
+        options: &Options,
+        events: &Events,
+        candidates: &[Candidate],
+        placement: Placement,
+        names: Vec<String>,
+        offline: Vec<String>,
+    ) -> Result<Self, FrontError> {
+        let statistics = Statistics::default();
+        let wishes = Wishes::new(placement.cpus());
+        let schedule = Schedule::new(&options.sched, plan::cpus(candidates), wishes.clone())?;
+        let admin = Admin {
+            name: options.name.clone(),
+            placement: placement.clone(),
+            names,
+            offline,
+            statistics: statistics.clone(),
+            wishes: wishes.clone(),
+            scheduling: Arc::new(schedule.clone()),
+            events: events.sender.clone(),
+        };
+        let guards = attend_user(options, events, admin)?;
+        Ok(Self { placement, statistics, wishes, schedule, _guards: guards })
+    }
+
+    /// A guest is about to start: its vCPUs are where they were placed.
+    fn start(&self) {
+        self.statistics.start(&self.placement);
+        self.wishes.restarted();
+        self.schedule.start();
+    }
+
+    /// Attends the machine that runs now; how it ended, or `None` if the guest restarts.
+    fn attend(&self, events: &Events, ports: Vec<Port>, names: Vec<String>) -> Option<Ending> {
+        events.reporter.event("the machine runs", &json!({"event": "started"}));
+        let attended = Attended {
+            ports,
+            names,
+            events: &events.receiver,
+            reporter: events.reporter,
+            statistics: self.statistics.clone(),
+            schedule: self.schedule.clone(),
+        };
+        match attended.run() {
+            (Ending::Reset, true) => {
+                events.reporter.event("the guest restarts", &json!({"event": "reset"}));
+                None
+            }
+            (ending, _) => Some(ending),
+        }
+    }
+}
+
 /// Runs the machine over the hosts of the file at `path`.
 fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), FrontError> {
     let file = read_hosts(path)?;
@@ -151,44 +216,16 @@ fn over_hosts(options: &Options, path: &Path, events: &Events) -> Result<(), Fro
     let specs = specs(options, &candidates, &placement, transport, events.reporter)?;
     let names = specs[0].host_names.clone();
     let mut cluster = Cluster::new(nodes, &events.sender)?;
-    let statistics = Statistics::default();
-    let wishes = Wishes::new(placement.cpus());
-    let schedule = Schedule::new(&options.sched, plan::cpus(&candidates), wishes.clone())?;
-    let admin = Admin {
-        name: options.name.clone(),
-        placement: placement.clone(),
-        names: names.clone(),
-        offline,
-        statistics: statistics.clone(),
-        wishes: wishes.clone(),
-        scheduling: Arc::new(schedule.clone()),
-        events: events.sender.clone(),
-    };
-    let _guards = attend_user(options, events, admin)?;
+    let steering = Steering::new(options, events, &candidates, placement, names.clone(), offline)?;
     let ending = loop {
-        statistics.start(&placement);
-        wishes.restarted();
-        schedule.start();
+        steering.start();
         let running = cluster
             .prepare(specs.clone(), &events.receiver)?
             .connect(&events.receiver)?
             .start()?;
-        let (ports, names) = (running.ports(), names.clone());
-        events.reporter.event("the machine runs", &json!({"event": "started"}));
-        let attended = Attended {
-            ports,
-            names,
-            events: &events.receiver,
-            reporter: events.reporter,
-            statistics: statistics.clone(),
-            schedule: schedule.clone(),
-        };
-        match attended.run() {
-            (Ending::Reset, true) => {
-                events.reporter.event("the guest restarts", &json!({"event": "reset"}));
-                cluster = running.ended();
-            }
-            (ending, _) => break ending,
+        match steering.attend(events, running.ports(), names.clone()) {
+            Some(ending) => break ending,
+            None => cluster = running.ended(),
         }
     };
     finish(ending, &names)
@@ -216,24 +253,9 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
     let placement = plan::plan(&candidates, request)?;
     let spec = specs(options, &candidates, &placement, NodeTransport::Tcp, events.reporter)?.remove(0);
     let names = spec.host_names.clone();
-    let statistics = Statistics::default();
-    let wishes = Wishes::new(placement.cpus());
-    let schedule = Schedule::new(&options.sched, plan::cpus(&candidates), wishes.clone())?;
-    let admin = Admin {
-        name: options.name.clone(),
-        placement: placement.clone(),
-        names: names.clone(),
-        offline: Vec::new(),
-        statistics: statistics.clone(),
-        wishes: wishes.clone(),
-        scheduling: Arc::new(schedule.clone()),
-        events: events.sender.clone(),
-    };
-    let _guards = attend_user(options, events, admin)?;
+    let steering = Steering::new(options, events, &candidates, placement, names.clone(), Vec::new())?;
     let ending = loop {
-        statistics.start(&placement);
-        wishes.restarted();
-        schedule.start();
+        steering.start();
         let (input, typed) = channel();
         let (runner, spec, sender) = (runner.clone(), spec.clone(), events.sender.clone());
         let output = Arc::new(Here(sender.clone()));
@@ -247,19 +269,8 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
                 let _ = sender.send(FrontEvent::Node(0, NodeEvent::Ended(end)));
             })
             .map_err(|error| FrontError::System(format!("no thread: {}", errno::describe(&error))))?;
-        events.reporter.event("the machine runs", &json!({"event": "started"}));
-        let (ports, names) = (vec![Port::Here(input)], names.clone());
-        let attended = Attended {
-            ports,
-            names,
-            events: &events.receiver,
-            reporter: events.reporter,
-            statistics: statistics.clone(),
-            schedule: schedule.clone(),
-        };
-        match attended.run() {
-            (Ending::Reset, true) => events.reporter.event("the guest restarts", &json!({"event": "reset"})),
-            (ending, _) => break ending,
+        if let Some(ending) = steering.attend(events, vec![Port::Here(input)], names.clone()) {
+            break ending;
         }
     };
     finish(ending, &names)
