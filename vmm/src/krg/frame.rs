@@ -8,7 +8,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Row, Table, Widget};
 
 use crate::model::{Contended, Model};
-use crate::show::{UNKNOWN, bytes, hex, load, or_unknown, ranges, rate};
+use crate::show::{UNKNOWN, bytes, hex, or_unknown, ranges, rate, vcpu_row};
 
 const KEYS: &str = "q quits; up, down, page up and page down: other vCPUs";
 /// Columns of a picture that goes to no terminal.
@@ -161,23 +161,7 @@ fn node_rows(model: &Model) -> Vec<[String; 11]> {
 }
 
 fn vcpu_rows(model: &Model, first: usize) -> Vec<[String; 10]> {
-    let all = model.now.vcpus.iter().enumerate().skip(first);
-    let rows = all.map(|(number, vcpu)| {
-        let [state, ran, waited, stalled, faults] = load(vcpu);
-        [
-            number.to_string(),
-            state,
-            or_unknown(vcpu.node, |node| node.to_string()),
-            ran,
-            waited,
-            stalled,
-            faults,
-            or_unknown(vcpu.pin, |pin| pin.to_string()),
-            if vcpu.migrate { "yes" } else { "no" }.into(),
-            vcpu.reason.clone().unwrap_or_else(|| UNKNOWN.into()),
-        ]
-    });
-    rows.collect()
+    model.now.vcpus.iter().enumerate().skip(first).map(|(number, vcpu)| vcpu_row(number, vcpu)).collect()
 }
 
 fn page_rows(pages: &[Contended]) -> Vec<[String; 5]> {

@@ -34,26 +34,32 @@ pub fn vcpus(status: &Status) -> String {
     let head = ["VCPU", "STATE", "NODE", "HOST", "RAN", "WAITED", "STALLED", "FAULTS/S", "PIN", "MIGRATE", "WHY"];
     let rows = status.vcpus.iter().enumerate().map(|(number, vcpu)| {
         let host = vcpu.node.and_then(|node| status.nodes.get(usize::try_from(node).ok()?)).map(|node| node.host.clone());
-        let [state, ran, waited, stalled, faults] = load(vcpu);
-        vec![
-            number.to_string(),
-            state,
-            or_unknown(vcpu.node, |node| node.to_string()),
-            host.unwrap_or_else(|| UNKNOWN.into()),
-            ran,
-            waited,
-            stalled,
-            faults,
-            or_unknown(vcpu.pin, |pin| pin.to_string()),
-            if vcpu.migrate { "yes" } else { "no" }.into(),
-            vcpu.reason.clone().unwrap_or_else(|| UNKNOWN.into()),
-        ]
+        let mut row = Vec::from(vcpu_row(number, vcpu));
+        row.insert(3, host.unwrap_or_else(|| UNKNOWN.into()));
+        row
     });
     table(&head, rows)
 }
 
+/// Number, state, node, load, pin, capability and reason of one vCPU.
+pub fn vcpu_row(number: usize, vcpu: &Vcpu) -> [String; 10] {
+    let [state, ran, waited, stalled, faults] = load(vcpu);
+    [
+        number.to_string(),
+        state,
+        or_unknown(vcpu.node, |node| node.to_string()),
+        ran,
+        waited,
+        stalled,
+        faults,
+        or_unknown(vcpu.pin, |pin| pin.to_string()),
+        if vcpu.migrate { "yes" } else { "no" }.into(),
+        vcpu.reason.clone().unwrap_or_else(|| UNKNOWN.into()),
+    ]
+}
+
 /// State, shares of the time it ran, waited and stalled, and faults a second.
-pub fn load(vcpu: &Vcpu) -> [String; 5] {
+fn load(vcpu: &Vcpu) -> [String; 5] {
     let share = |part: Option<f64>| or_unknown(part, |part| format!("{:.0}%", part * 100.0));
     [
         vcpu.state.clone().unwrap_or_else(|| UNKNOWN.into()),
