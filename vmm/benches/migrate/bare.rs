@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// KVM_VCPU_TSC_CTRL and its attribute KVM_VCPU_TSC_OFFSET.
 const TSC_CONTROL: u32 = 0;
 const TSC_OFFSET: u64 = 0;
+const IA32_TSC: u32 = 0x10;
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xAE, 0xe1, kvm_device_attr);
 
 extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -61,8 +62,24 @@ impl Bare {
         Ok(Bare { vcpu, _vm: vm })
     }
 
-    /// Gives `to` the state of this vCPU.
-    fn hand_over(&self, to: &Bare, msrs: &mut Msrs) -> anyhow::Result<()> {
+    /// MSRs that are state and can be read and set.
+    fn msrs(&self, kvm: &Kvm) -> anyhow::Result<Msrs> {
+        let mut entries = Vec::new();
+        for index in kvm.get_msr_index_list()?.as_slice() {
+            let mut one = Msrs::from_entries(&[kvm_msr_entry { index: *index, ..Default::default() }])?;
+            // The rest would end a call before the others.
+            if self.vcpu.get_msrs(&mut one).is_ok_and(|count| count == 1) && self.vcpu.set_msrs(&one).is_ok_and(|count| count == 1) {
+                entries.extend_from_slice(one.as_slice());
+            }
+        }
+        // The clock is set apart, once.
+        entries.retain(|entry| entry.index != IA32_TSC);
+        Ok(Msrs::from_entries(&entries)?)
+    }
+
+    /// Gives `to` the state of this vCPU, by each call once; how long that took.
+    fn hand_over(&self, to: &Bare, msrs: &mut Msrs) -> anyhow::Result<Duration> {
+        let begun = Instant::now();
         let (from, to) = (&self.vcpu, &to.vcpu);
         let _ = from.get_mp_state()?;
         let (regs, sregs, debug) = (from.get_regs()?, from.get_sregs()?, from.get_debug_regs()?);
@@ -75,10 +92,11 @@ impl Bare {
         to.set_regs(&regs)?;
         to.set_debug_regs(&debug)?;
         to.set_lapic(&lapic)?;
-        to.set_msrs(msrs)?;
+        let count = to.set_msrs(msrs)?;
         to.set_vcpu_events(&events)?;
         to.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
-        Ok(())
+        ensure!(count == msrs.as_slice().len(), "{count} MSRs of {} were set", msrs.as_slice().len());
+        Ok(begun.elapsed())
     }
 }
 
@@ -89,13 +107,15 @@ pub struct Handover {
     /// Moves that were asked for, and moves made.
     asked: Arc<AtomicU64>,
     made: Arc<AtomicU64>,
+    /// Nanoseconds that KVM's calls took in the last move.
+    calls: Arc<AtomicU64>,
+    msrs: usize,
     stop: Arc<AtomicBool>,
     orders: u64,
 }
 
 impl Handover {
-    /// `msrs` are those that are a vCPU's state.
-    pub fn new(msrs: &[u32]) -> anyhow::Result<Self> {
+    pub fn new() -> anyhow::Result<Self> {
         register_signal_handler(SIGRTMIN() + 1, on_signal)?;
         let ram = Arc::new(GuestRam::new(&[(0, MEMORY)], false)?);
         let micro = guest::build(MEMORY, LOADED, 1)?;
@@ -108,16 +128,17 @@ impl Handover {
         micro.vcpus[0].apply(&mut sregs);
         vms[0].vcpu.set_sregs(&sregs)?;
         vms[0].vcpu.set_regs(&micro.vcpus[0].regs())?;
-        let entries: Vec<_> = msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
-        let mut msrs = Msrs::from_entries(&entries)?;
-        let (asked, made, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (wanted, done, over, kept) = (asked.clone(), made.clone(), stop.clone(), ram.clone());
+        let mut msrs = vms[0].msrs(&kvm)?;
+        let [asked, made, calls] = std::array::from_fn(|_| Arc::new(AtomicU64::new(0)));
+        let (count, stop) = (msrs.as_slice().len(), Arc::new(AtomicBool::new(false)));
+        let (wanted, done, took, over, kept) = (asked.clone(), made.clone(), calls.clone(), stop.clone(), ram.clone());
         let thread = std::thread::spawn(move || {
             let _mapped = kept;
             let mut here = 0;
             while !over.load(Ordering::SeqCst) {
                 if wanted.load(Ordering::SeqCst) > done.load(Ordering::SeqCst) {
-                    vms[here].hand_over(&vms[1 - here], &mut msrs)?;
+                    let calls = vms[here].hand_over(&vms[1 - here], &mut msrs)?;
+                    took.store(calls.as_nanos() as u64, Ordering::SeqCst);
                     here = 1 - here;
                     done.fetch_add(1, Ordering::SeqCst);
                 }
@@ -128,7 +149,7 @@ impl Handover {
             }
             Ok(())
         });
-        Ok(Handover { ram, thread: Some(thread), asked, made, stop, orders: 0 })
+        Ok(Handover { ram, thread: Some(thread), asked, made, calls, msrs: count, stop, orders: 0 })
     }
 
     fn kick(&self) {
@@ -151,8 +172,13 @@ impl Handover {
         Ok(memory.load(GuestAddress(ANSWER), Ordering::SeqCst)?)
     }
 
-    /// How long the guest stands still in one move, in ticks of its TSC.
-    pub fn go(&mut self) -> anyhow::Result<u64> {
+    /// MSRs that are read and written.
+    pub fn msrs(&self) -> usize {
+        self.msrs
+    }
+
+    /// How long the guest stands still in one move, in ticks of its TSC, and how long KVM's calls took.
+    pub fn go(&mut self) -> anyhow::Result<(u64, Duration)> {
         self.order()?;
         let made = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
         let until = Instant::now() + PATIENCE;
@@ -163,7 +189,7 @@ impl Handover {
             ensure!(Instant::now() < until, "the bare vCPU doesn't move: {:?}", self.ended());
         }
         std::thread::sleep(Duration::from_millis(1));
-        self.order()
+        Ok((self.order()?, Duration::from_nanos(self.calls.load(Ordering::SeqCst))))
     }
 
     fn ended(&mut self) -> Option<anyhow::Result<()>> {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use krg_vmm::machine::MoveTimes;
+use krg_vmm::machine::{MoveTimes, Part};
 use krg_vmm::ownership::Outcome;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -95,15 +95,6 @@ impl Measured {
         }
     }
 
-    /// The vCPU's registers: the machine stops for it and goes on.
-    fn registers(&self) -> anyhow::Result<krg_vmm::machine::state::Registers> {
-        let machine = &self.nodes.machines()[0];
-        machine.stop();
-        let registers = machine.save()?.vcpus.swap_remove(0).registers;
-        machine.run()?;
-        registers.map(|registers| *registers).context("vCPU 0 is on node 0")
-    }
-
     fn times(&self, node: usize) -> anyhow::Result<MoveTimes> {
         self.nodes.machines()[node].move_times(0).context("vCPU 0")
     }
@@ -129,13 +120,13 @@ const PARTS: [&str; 8] = [
 fn parts(source: &MoveTimes, target: &MoveTimes, downtime: f64) -> Option<[f64; 8]> {
     let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.saturating_duration_since(from?).as_secs_f64() * 1e6);
     let mut parts = [
-        between(source.asked, source.stopped)?,
-        between(source.stopped, source.saved)?,
-        between(source.saved, target.came)?,
-        between(target.came, target.woken)?,
-        between(target.woken, target.alone)?,
-        between(target.alone, target.restored)?,
-        between(target.restored, target.entered)?,
+        between(source.at(Part::Asked), source.at(Part::Stopped))?,
+        between(source.at(Part::Stopped), source.at(Part::Saved))?,
+        between(source.at(Part::Saved), target.at(Part::Came))?,
+        between(target.at(Part::Came), target.at(Part::Woken))?,
+        between(target.at(Part::Woken), target.at(Part::Alone))?,
+        between(target.at(Part::Alone), target.at(Part::Restored))?,
+        between(target.at(Part::Restored), target.at(Part::Entered))?,
         0.0,
     ];
     // The guest ran until it was stopped: that part is not of its downtime.
@@ -153,10 +144,7 @@ fn main() -> anyhow::Result<()> {
         machine.go(to)?;
     }
     let bytes = machine.nodes.largest_state();
-    let registers = machine.registers()?;
-    let msrs: Vec<u32> = registers.msrs.iter().map(|(index, _)| *index).collect();
-    let mut handover = bare::Handover::new(&msrs)?;
-    let (bare, mut wire) = (floor::BareVcpu::new(registers)?, floor::Wire::new(bytes)?);
+    let (mut handover, mut wire) = (bare::Handover::new()?, floor::Wire::new(bytes)?);
     let [mut downtime, mut whole, mut calls, mut trip, mut bare_move, mut least, mut least_calls] = std::array::from_fn(|_| Times::new());
     let mut split: Vec<Times> = PARTS.iter().map(|_| Times::new()).collect();
     for n in 0..options.moves {
@@ -170,12 +158,12 @@ fn main() -> anyhow::Result<()> {
             split.iter_mut().zip(parts).for_each(|(times, us)| times.add(us));
         }
         let us = |time: Duration| time.as_secs_f64() * 1e6;
-        let (saved, restored, trip_us) = (us(bare.save()?), us(bare.restore()?), us(wire.round_trip()?));
-        calls.add(saved + restored);
+        let (bare_ticks, bare_calls) = handover.go()?;
+        let (bare_us, calls_us, trip_us) = (bare_ticks as f64 / ticks, us(bare_calls), us(wire.round_trip()?));
+        calls.add(calls_us);
         trip.add(trip_us);
-        least_calls.add(saved + restored + trip_us);
-        let bare_us = handover.go()? as f64 / ticks;
         bare_move.add(bare_us);
+        least_calls.add(calls_us + trip_us);
         least.add(bare_us + trip_us);
     }
     figures.section(&format!("a vCPU that moves between two nodes, {} times (floor: a bare move and a round trip)", options.moves));
@@ -188,7 +176,7 @@ fn main() -> anyhow::Result<()> {
     }
     figures.section("the floors");
     figures.plain("a bare move, last to first instruction, p50", bare_move.three()[1], "us");
-    figures.plain(&format!("KVM's calls, {} MSRs, p50", bare.msrs()), calls.three()[1], "us");
+    figures.plain(&format!("KVM's calls, {} MSRs, p50", handover.msrs()), calls.three()[1], "us");
     figures.plain("round trip of the state, p50", trip.three()[1], "us");
     figures.plain("state", bytes as f64, "bytes");
     first_10_ms(&mut machine, &figures, &options, ticks)

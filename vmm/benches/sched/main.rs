@@ -5,7 +5,7 @@
 //! share this machine's CPUs: with two of those, two vCPUs at a time can really run, wherever they are. So speeds are
 //! compared where two vCPUs run (a pair, and two that share nothing); for loads of four, placements are.
 
-#[allow(dead_code, reason = "what other benchmarks print")]
+#[expect(dead_code, reason = "what other benchmarks print")]
 #[path = "../dsm/figures.rs"]
 mod figures;
 mod machine;

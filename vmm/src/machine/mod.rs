@@ -50,7 +50,7 @@ pub use counters::VcpuStatistics;
 pub use error::{Errno, MachineError};
 pub use fabric::{Access, DeviceBus, Direction, End, Event, Fabric, Space, Touch};
 pub use ioapic::{Ioapic, IoapicState};
-pub use move_times::MoveTimes;
+pub use move_times::{MoveTimes, Part};
 pub use msi::{Destination, Interrupts, Message};
 pub use owners::{MoveError, MoveReply};
 pub use serial::{Com1State, Output};

@@ -7,19 +7,31 @@ use std::time::Instant;
 /// Names a part of a move, in lower case: this process is killed when the first vCPU has it behind it.
 pub const KILL_AT: &str = "KRG_KILL_AT";
 
-/// A part of a move that is over; those of the source first.
+/// A part of a move that is over: those of the source, then those of the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+pub enum Part {
+    /// The vCPU's thread was asked to leave KVM_RUN.
     Asked,
+    /// It had left.
     Stopped,
+    /// Its state was saved and packed.
     Saved,
+    /// The state was given to the transport.
     Sent,
+    /// The state had come, with all that this node had sent the vCPU before.
     Came,
+    /// The proxy's thread had it.
     Woken,
+    /// No vCPU of this node was in KVM_RUN.
     Alone,
+    /// The state was restored.
     Restored,
+    /// KVM_RUN was called.
     Entered,
 }
+
+/// Number of [`Part`]s.
+const PARTS: usize = Part::Entered as usize + 1;
 
 /// Ends this process as a power failure would, if it is to end after `part`.
 fn kill_after(part: Part) {
@@ -37,25 +49,13 @@ fn kill_after(part: Part) {
 
 /// Times of one vCPU's last move away from a node, and of its last one to it, as that node saw them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MoveTimes {
-    /// The vCPU's thread was asked to leave KVM_RUN.
-    pub asked: Option<Instant>,
-    /// It had left.
-    pub stopped: Option<Instant>,
-    /// Its state was saved and packed, and the proxy stood in its place.
-    pub saved: Option<Instant>,
-    /// The state was given to the transport.
-    pub sent: Option<Instant>,
-    /// The state had come, with all that this node had sent the vCPU before.
-    pub came: Option<Instant>,
-    /// The proxy's thread had it.
-    pub woken: Option<Instant>,
-    /// No vCPU of this node was in KVM_RUN.
-    pub alone: Option<Instant>,
-    /// The state was restored.
-    pub restored: Option<Instant>,
-    /// KVM_RUN was called.
-    pub entered: Option<Instant>,
+pub struct MoveTimes([Option<Instant>; PARTS]);
+
+impl MoveTimes {
+    /// When `part` was over; `None`: there was no such move.
+    pub fn at(&self, part: Part) -> Option<Instant> {
+        self.0[part as usize]
+    }
 }
 
 /// Where a vCPU's times are noted.
@@ -65,24 +65,14 @@ pub(crate) struct Stopwatch(Mutex<MoveTimes>);
 impl Stopwatch {
     /// `part` is over now.
     pub fn over(&self, part: Part) {
-        let now = Some(Instant::now());
+        let now = Instant::now();
         let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if part == Part::Entered && times.restored.is_none() {
+        if part == Part::Entered && times.at(Part::Restored).is_none() {
             // It did not come from elsewhere.
             return;
         }
         kill_after(part);
-        match part {
-            Part::Asked => times.asked = now,
-            Part::Stopped => times.stopped = now,
-            Part::Saved => times.saved = now,
-            Part::Sent => times.sent = now,
-            Part::Came => times.came = now,
-            Part::Woken => times.woken = now,
-            Part::Alone => times.alone = now,
-            Part::Restored => times.restored = now,
-            Part::Entered => times.entered = now,
-        }
+        times.0[part as usize] = Some(now);
     }
 
     pub fn read(&self) -> MoveTimes {
