@@ -13,13 +13,18 @@
 //! cleared here and set there. The guest's TSC is the same on all nodes. A counting timer goes on with what is
 //! left of its count. One that has run out may not have become an interrupt yet: a KVM_RUN that runs nothing
 //! makes it one.
+//!
+//! *What a move takes* is calls of KVM's, by their number more than by what they do. So the old owner takes from the run
+//! page what the last KVM_RUN left there, the new one has the next KVM_RUN take it, and of the rest is written only what a
+//! proxy doesn't have already.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs, kvm_guest_debug, kvm_vcpu_events,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_SHADOW,
+    kvm_debugregs, kvm_guest_debug, kvm_vcpu_events,
 };
 
 use super::error::MachineError;
@@ -27,9 +32,10 @@ use super::fabric::{Event, Touch};
 use super::kick;
 use super::move_times::Part;
 use super::proxy::{self, ProxyContext};
+use super::state::Registers;
 use super::threads::Shared;
 use super::transfer::Travelling;
-use super::vcpu::{Role, Vcpu, fail};
+use super::vcpu::{APIC_BASE_X2APIC, Role, Vcpu, fail};
 use crate::ownership::Input;
 
 /// LAPIC registers in KVM's form.
@@ -67,11 +73,13 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     // SIPI is taken only where INIT was: neither the vCPU that waits for it, nor one that is to send it, can
     // go between the two.
     let starting = || shared.awaiting.iter().any(|proxy| proxy.load(Ordering::SeqCst));
-    if vcpu.mp_state()? == KVM_MP_STATE_INIT_RECEIVED || starting() {
+    // First, as reading it takes pending INIT and SIPI.
+    let mp_state = vcpu.mp_state()?;
+    if mp_state == KVM_MP_STATE_INIT_RECEIVED || starting() {
         owners.step(id, Input::Refused);
         return Ok(());
     }
-    let state = vcpu.save_to_travel(&shared.msrs, owners.startup.all())?;
+    let state = vcpu.save_to_travel(mp_state, &shared.msrs, owners.startup.all())?;
     // Nothing was pending when the LAPIC was read: that was the moment. What has come since goes as any node's, so
     // all that makes a proxy of it can wait until the state is on its way.
     let at_once = !state.registers.has_pending();
@@ -81,10 +89,10 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
         take_out(shared, vcpu, &|event| pending.borrow_mut().push(event))?;
     }
     let (bytes, pending) = (state.encode(), pending.into_inner());
-    let (mp_state, in_service) = (state.mp_state, state.in_service());
+    let in_service = state.in_service();
     tracing::debug!(
         vcpu = id,
-        mp_state,
+        mp_state = state.mp_state,
         in_service,
         pending = pending.len(),
         bytes = bytes.len(),
@@ -94,11 +102,13 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     owners.step(id, Input::Saved { state: bytes, pending });
     times.over(Part::Sent);
     if at_once {
-        // The page tables are those of the vCPU still, and the walk keeps nobody waiting.
+        // None of this is urgent any more, as the vCPU is on its way.
+        std::thread::yield_now();
+        vcpu.become_proxy(&state)?;
+        // The page tables are those of the vCPU still.
         if let Some((to, _)) = owners.owner(id).filter(|(to, _)| *to != shared.owners.node()) {
             shared.fabric.announce(to, &vcpu.about_to_touch(&state));
         }
-        vcpu.become_proxy(&state)?;
     }
     Ok(())
 }
@@ -150,6 +160,15 @@ fn take_out(shared: &Shared, vcpu: &mut Vcpu, sink: &dyn Fn(Event)) -> Result<()
     proxy::empty(vcpu, &context)
 }
 
+impl Registers {
+    /// The timer's LVT entry if it counts, or has counted, rather than waits for a TSC deadline.
+    fn counting_timer(&self) -> Option<u32> {
+        let entry = self.lapic(LVT_TIMER);
+        let counts = matches!(entry & TIMER_MODE, ONE_SHOT | PERIODIC) && self.lapic(INITIAL_COUNT) != 0;
+        counts.then_some(entry)
+    }
+}
+
 impl Travelling {
     /// How many interrupts are in service.
     fn in_service(&self) -> u32 {
@@ -158,32 +177,27 @@ impl Travelling {
 }
 
 impl Vcpu {
-    /// All of the vCPU but what is pending, with its timer stopped.
-    fn save_to_travel(&mut self, msrs: &[u32], startup: u32) -> Result<Travelling, MachineError> {
-        let timer = self.counting_timer()?;
-        if timer.is_some_and(|entry| entry & TIMER_MODE == PERIODIC) {
-            // One period more at most is running out from here on.
-            self.set_msr(X2APIC_LVT_TIMER, u64::from(timer.unwrap_or(0) & !TIMER_MODE))?;
-        }
-        let mut waited = timer.is_none();
-        let mut state = loop {
-            if timer.is_some() {
+    /// All of the vCPU but what is pending, with its timer stopped. Its MP state has just been read.
+    fn save_to_travel(&mut self, mp_state: u32, msrs: &[u32], startup: u32) -> Result<Travelling, MachineError> {
+        let mut state = Travelling { mp_state, startup, registers: self.save_after_run(msrs)? };
+        let timer = state.registers.counting_timer();
+        if let Some(entry) = timer {
+            if entry & TIMER_MODE == PERIODIC {
+                // One period more at most is running out from here on.
+                self.set_msr(X2APIC_LVT_TIMER, u64::from(entry & !TIMER_MODE))?;
+            }
+            for waited in [false, true] {
                 kick::run_nothing(self)?;
+                state = Travelling { mp_state: self.mp_state()?, startup, registers: self.save_after_run(msrs)? };
+                let ran_out = state.registers.lapic(INITIAL_COUNT) != 0 && state.registers.lapic(CURRENT_COUNT) == 0;
+                if !ran_out {
+                    break;
+                }
+                if !waited {
+                    std::thread::sleep(TIMER_LATENCY);
+                }
             }
-            // The MP state first: reading it takes pending INIT and SIPI.
-            let mp_state = self.mp_state()?;
-            let registers = self.save_registers(msrs)?;
-            let ran_out = registers.lapic(INITIAL_COUNT) != 0 && registers.lapic(CURRENT_COUNT) == 0;
-            if waited || !ran_out {
-                break Travelling {
-                    mp_state,
-                    startup,
-                    registers,
-                };
-            }
-            waited = true;
-            std::thread::sleep(TIMER_LATENCY);
-        };
+        }
         let registers = &mut state.registers;
         // INIT stops the timer.
         if let Some(entry) = timer.filter(|_| registers.lapic(INITIAL_COUNT) != 0) {
@@ -195,7 +209,10 @@ impl Vcpu {
                 registers.set_lapic(INITIAL_COUNT, 0);
             }
         }
-        self.set_msrs(&[(TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
+        let is_armed = |(index, value): &(u32, u64)| *index == TSC_DEADLINE && *value != 0;
+        if timer.is_some() || registers.msrs.iter().any(is_armed) {
+            self.set_msrs(&[(TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
+        }
         Ok(state)
     }
 
@@ -203,9 +220,11 @@ impl Vcpu {
     /// touches first.
     fn about_to_touch(&self, state: &Travelling) -> Vec<Touch> {
         let (regs, sregs) = (&state.registers.regs, &state.registers.sregs);
-        let addresses = [(regs.rip, false), (regs.rsp, true), (regs.rsp.wrapping_sub(256), true), (sregs.gs.base, true), (sregs.tr.base, false)];
+        let here = [(regs.rip, false), (regs.rsp, true), (regs.rsp.wrapping_sub(256), true)];
+        // A base of zero is none.
+        let based = [(sregs.gs.base, true), (sregs.tr.base, false)].into_iter().filter(|(address, _)| *address != 0);
         let mut touches: Vec<Touch> = Vec::new();
-        for (address, write) in addresses {
+        for (address, write) in here.into_iter().chain(based) {
             let Ok(found) = self.fd.translate_gva(address) else { continue };
             let touch = Touch { gpa: found.physical_address & !0xfff, write };
             if found.valid != 0 && !touches.iter().any(|other| other.gpa == touch.gpa) {
@@ -213,15 +232,6 @@ impl Vcpu {
             }
         }
         touches
-    }
-
-    /// The timer's LVT entry if it counts, or has counted, rather than waits for a TSC deadline.
-    fn counting_timer(&self) -> Result<Option<u32>, MachineError> {
-        let lapic = self.fd.get_lapic().map_err(|e| fail("KVM_GET_LAPIC", self.id, e))?;
-        let register = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| lapic.regs[at + n] as u8));
-        let entry = register(LVT_TIMER);
-        let counts = matches!(entry & TIMER_MODE, ONE_SHOT | PERIODIC) && register(INITIAL_COUNT) != 0;
-        Ok(counts.then_some(entry))
     }
 
     /// Turns a vCPU whose state was saved into its proxy, short of parking it. What is pending stays.
@@ -245,20 +255,35 @@ impl Vcpu {
         (0..saved.in_service()).try_for_each(|_| self.end_of_interrupt())?;
         self.set_msrs(&[(X2APIC_TPR, 0), (X2APIC_LVT_TIMER, LVT_MASKED), (X2APIC_LVT_PERFORMANCE, LVT_MASKED)])?;
         self.set_apic_base(false)?;
+        self.show_registers(false);
         self.awaits_sipi = saved.mp_state == KVM_MP_STATE_INIT_RECEIVED;
         if !self.awaits_sipi {
             self.enable_lapic()?;
         }
+        let mut present = saved.registers.clone();
+        present.debug = debug;
+        let deadline = |(index, _): &&mut (u32, u64)| *index == TSC_DEADLINE;
+        present.msrs.iter_mut().filter(deadline).for_each(|(_, value)| *value = 0);
+        self.present = Some(Box::new(present));
         self.role = Role::Proxy;
         Ok(())
     }
 
     /// Turns a proxy in which nothing is pending into the vCPU. Nobody may send it anything meanwhile.
     fn become_owner(&mut self, state: &Travelling) -> Result<(), MachineError> {
-        self.fd
-            .set_guest_debug(&kvm_guest_debug::default())
-            .map_err(|e| fail("KVM_SET_GUEST_DEBUG", self.id, e))?;
-        self.restore_registers(&state.registers)?;
+        if std::mem::take(&mut self.is_debugged) {
+            self.fd
+                .set_guest_debug(&kvm_guest_debug::default())
+                .map_err(|e| fail("KVM_SET_GUEST_DEBUG", self.id, e))?;
+        }
+        let (saved, present) = (&state.registers, self.present.take());
+        let runs = matches!(state.mp_state, KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED);
+        if runs && saved.sregs.apic_base & APIC_BASE_X2APIC == APIC_BASE_X2APIC {
+            self.restore_core_at_run(saved);
+        } else {
+            self.restore_core(saved)?;
+        }
+        self.restore_beside(saved, present.as_deref())?;
         self.set_mp_state(state.mp_state)?;
         self.awaits_sipi = false;
         self.role = Role::Owner;

@@ -38,7 +38,7 @@ pub(crate) enum Left {
 
 /// Runs `vcpu` until it is told to stop or leave, or ends the machine itself.
 pub(crate) fn run(vcpu: &mut Vcpu, context: &OwnerContext<'_>) -> Result<Left, MachineError> {
-    vcpu.watch_system_registers();
+    vcpu.show_registers(true);
     loop {
         // With immediate_exit set KVM_RUN completes a device access left open, and returns EINTR.
         let asked = || match (context.stop.load(Ordering::Acquire), context.leave.load(Ordering::SeqCst)) {

@@ -193,6 +193,8 @@ impl<'a> Proxy<'a> {
     /// Hands on INIT and waits for SIPI.
     fn init_received(&mut self) -> Result<(), MachineError> {
         self.send(Event::Init);
+        // INIT changes more of a vCPU than the stubs do.
+        self.vcpu.present = None;
         self.vcpu.awaits_sipi = true;
         self.context.awaiting.store(true, Ordering::SeqCst);
         self.single_step()
@@ -203,6 +205,7 @@ impl<'a> Proxy<'a> {
     fn started(&mut self) -> Result<(), MachineError> {
         let vector = (self.vcpu.sregs()?.cs.selector >> 8) as u8;
         self.context.startup.learn(vector);
+        self.vcpu.present = None;
         self.vcpu.awaits_sipi = false;
         self.breakpoints = 0;
         self.debug(kvm_guest_debug::default())?;
@@ -299,7 +302,8 @@ impl<'a> Proxy<'a> {
         self.debug(debug)
     }
 
-    fn debug(&self, debug: kvm_guest_debug) -> Result<(), MachineError> {
+    fn debug(&mut self, debug: kvm_guest_debug) -> Result<(), MachineError> {
+        self.vcpu.is_debugged = debug.control != 0;
         self.vcpu
             .fd
             .set_guest_debug(&debug)

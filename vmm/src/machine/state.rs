@@ -1,9 +1,12 @@
 //! Saved form of a node's machine. Taken and restored while its vCPUs are stopped.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
-    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sync_regs, kvm_vcpu_events, kvm_xcrs,
     kvm_xsave,
 };
+use kvm_ioctls::SyncReg;
 use serde::{Deserialize, Serialize};
 
 use super::error::MachineError;
@@ -17,10 +20,20 @@ use crate::ownership::Ownership;
 const IA32_TSC: u32 = 0x10;
 /// Another view of the same counter; hidden from the guest.
 const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Where KVM has pages in common with the guest: MSR_KVM_WALL_CLOCK and MSR_KVM_SYSTEM_TIME, and MSR_KVM_WALL_CLOCK_NEW to
+/// MSR_KVM_PV_EOI_EN.
+const KVM_CLOCK: RangeInclusive<u32> = 0x11..=0x12;
+const KVM_PAGES: RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d04;
+/// The LAPIC's spurious-interrupt vector register, in KVM's form, and its software enable.
+const SPURIOUS: usize = 0xf0;
+const SOFTWARE_ENABLE: u32 = 1 << 8;
 /// MSRs that KVM takes in one call (MAX_IO_MSRS).
 const MOST_MSRS: usize = 256;
 /// Restored with the system registers.
 const IA32_APIC_BASE: u32 = 0x1b;
+/// The parts of a vCPU that KVM_RUN leaves in the run page, and takes from there (KVM_CAP_SYNC_REGS).
+pub(crate) const SHOWN: [SyncReg; 3] = [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents];
 
 /// One vCPU of one node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -60,6 +73,13 @@ pub struct Registers {
     pub events: kvm_vcpu_events,
     /// MSRs, as `(index, value)`.
     pub msrs: Vec<(u32, u64)>,
+}
+
+/// What KVM_RUN can read and write.
+struct Core {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    events: kvm_vcpu_events,
 }
 
 /// Devices of node 0 that this module has (not PCI).
@@ -118,17 +138,48 @@ impl Vcpu {
         })
     }
 
+    /// Order: MP state first (in `save`), as reading it takes pending INIT and SIPI.
     pub(crate) fn save_registers(&self, msrs: &[u32]) -> Result<Registers, MachineError> {
+        self.save_beside(self.core()?, msrs)
+    }
+
+    /// The same of a vCPU that has just run: KVM_RUN has left a part of it in the run page, which saves a call each.
+    pub(crate) fn save_after_run(&self, msrs: &[u32]) -> Result<Registers, MachineError> {
+        let shown = self.fd.sync_regs();
+        let core = Core { regs: shown.regs, sregs: shown.sregs, events: shown.events };
+        let mut saved = self.save_beside(core, msrs)?;
+        // INIT may have come since, and with SIPI changed all that. It switches the LAPIC off, and who switches it on
+        // again is the vCPU itself.
+        if saved.lapic(SPURIOUS) & SOFTWARE_ENABLE == 0 {
+            let core = self.core()?;
+            (saved.regs, saved.sregs, saved.events) = (core.regs, core.sregs, core.events);
+        }
+        Ok(saved)
+    }
+
+    /// Reads what KVM has in a proxy, where it isn't known: what comes to run here is then written where it differs.
+    pub(crate) fn note_present(&mut self, msrs: &[u32]) -> Result<(), MachineError> {
+        if self.present.is_none() {
+            self.present = Some(Box::new(self.save_registers(msrs)?));
+        }
+        Ok(())
+    }
+
+    fn core(&self) -> Result<Core, MachineError> {
+        let events = self.fd.get_vcpu_events().map_err(|e| fail("KVM_GET_VCPU_EVENTS", self.id, e))?;
+        Ok(Core { regs: self.regs()?, sregs: self.sregs()?, events })
+    }
+
+    fn save_beside(&self, core: Core, msrs: &[u32]) -> Result<Registers, MachineError> {
         let failed = |call| move |e| fail(call, self.id, e);
-        // Order: MP state first (in `save`), as reading it takes pending INIT and SIPI.
         Ok(Registers {
-            regs: self.regs()?,
-            sregs: self.sregs()?,
+            regs: core.regs,
+            sregs: core.sregs,
+            events: core.events,
             xsave: self.xsave()?,
             xcrs: self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
             debug: self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
             lapic: self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
-            events: self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
             msrs: self.read_msrs(msrs)?,
         })
     }
@@ -146,31 +197,59 @@ impl Vcpu {
             return Err(refuse(format!("this is vCPU {}", saved.id)));
         }
         match (saved.role, &saved.registers) {
-            (Role::Owner, Some(registers)) => self.restore_registers(registers)?,
+            (Role::Owner, Some(registers)) => {
+                self.restore_core(registers)?;
+                self.restore_beside(registers, None)?;
+            }
             (Role::Owner, None) => return Err(refuse("the registers are missing".into())),
             (Role::Proxy, _) => {}
         }
         self.set_mp_state(saved.mp_state)?;
+        self.present = None;
         self.role = saved.role;
         self.awaits_sipi = saved.awaits_sipi;
         Ok(())
     }
 
-    pub(crate) fn restore_registers(&self, saved: &Registers) -> Result<(), MachineError> {
-        let failed = |call| move |e| fail(call, self.id, e);
+    /// Writes the registers that KVM_RUN can, by calls.
+    pub(crate) fn restore_core(&self, saved: &Registers) -> Result<(), MachineError> {
         self.set_sregs(&saved.sregs)?;
-        self.fd.set_xcrs(&saved.xcrs).map_err(failed("KVM_SET_XCRS"))?;
-        self.set_xsave(&saved.xsave)?;
+        // Forgets exceptions.
         self.set_regs(&saved.regs)?;
-        self.fd
-            .set_debug_regs(&saved.debug)
-            .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        self.fd.set_vcpu_events(&saved.events).map_err(|e| fail("KVM_SET_VCPU_EVENTS", self.id, e))
+    }
+
+    /// Has the next KVM_RUN write them, before anything else of the vCPU changes: it must not be one that waits for
+    /// INIT, nor change the mode of its LAPIC.
+    pub(crate) fn restore_core_at_run(&mut self, saved: &Registers) {
+        let Registers { regs, sregs, events, .. } = *saved;
+        *self.fd.sync_regs_mut() = kvm_sync_regs { regs, sregs, events };
+        for part in SHOWN {
+            self.fd.set_sync_dirty_reg(part);
+        }
+    }
+
+    /// Writes the rest of `saved`, of which only what differs from `present`, if that is what KVM has.
+    pub(crate) fn restore_beside(&self, saved: &Registers, present: Option<&Registers>) -> Result<(), MachineError> {
+        let failed = |call| move |e| fail(call, self.id, e);
+        if present.is_none_or(|present| present.xcrs != saved.xcrs) {
+            self.fd.set_xcrs(&saved.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        }
+        if present.is_none_or(|present| present.xsave != saved.xsave) {
+            self.set_xsave(&saved.xsave)?;
+        }
+        if present.is_none_or(|present| present.debug != saved.debug) {
+            self.fd
+                .set_debug_regs(&saved.debug)
+                .map_err(failed("KVM_SET_DEBUGREGS"))?;
+        }
         // Before the MSRs: the TSC deadline is one of them and needs the timer's mode.
         self.fd.set_lapic(&saved.lapic).map_err(failed("KVM_SET_LAPIC"))?;
-        self.write_msrs(&saved.msrs)?;
-        self.fd
-            .set_vcpu_events(&saved.events)
-            .map_err(failed("KVM_SET_VCPU_EVENTS"))
+        let is_new = |value: &&(u32, u64)| {
+            let present = present.and_then(|present| present.msrs.iter().find(|(index, _)| *index == value.0));
+            present != Some(*value) || value.1 != 0 && works_when_written(value.0)
+        };
+        self.write_msrs(&saved.msrs.iter().filter(is_new).copied().collect::<Vec<_>>())
     }
 
     /// The XSAVE area, in words.
@@ -273,6 +352,12 @@ impl Vcpu {
         }
         Ok(values)
     }
+}
+
+/// MSRs whose writing does something: the LAPIC forgets a deadline when its timer changes, and what KVM shares with
+/// the guest by pages another host's KVM may have written meanwhile.
+fn works_when_written(index: u32) -> bool {
+    index == IA32_TSC_DEADLINE || KVM_CLOCK.contains(&index) || KVM_PAGES.contains(&index)
 }
 
 /// MSRs that are restored in another way.

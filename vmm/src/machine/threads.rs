@@ -110,6 +110,7 @@ impl Shared {
                 }
                 Role::Proxy => {
                     let number = vcpu.id;
+                    vcpu.note_present(&self.msrs)?;
                     let context = ProxyContext {
                         sink: &|event| self.owners.raise(number, event),
                         startup: &self.owners.startup,

@@ -57,7 +57,7 @@ impl Travelling {
         out.extend(r.sregs.as_bytes());
         out.extend(r.debug.as_bytes());
         out.extend(r.events.as_bytes());
-        out.extend(lapic_bytes(r));
+        out.extend(r.lapic.regs.as_bytes());
         for xcr in r.xcrs.xcrs.iter().take(r.xcrs.nr_xcrs as usize) {
             out.extend(xcr.xcr.to_le_bytes());
             out.extend(xcr.value.to_le_bytes());
@@ -66,7 +66,7 @@ impl Travelling {
             out.extend(index.to_le_bytes());
             out.extend(value.to_le_bytes());
         }
-        r.xsave.iter().for_each(|word| out.extend(word.to_le_bytes()));
+        out.extend(r.xsave.as_bytes());
         pack(&out)
     }
 
@@ -159,10 +159,6 @@ impl Registers {
         let place = self.lapic.regs[at..at + 4].iter_mut();
         place.zip(value.to_le_bytes()).for_each(|(to, from)| *to = from as _);
     }
-}
-
-fn lapic_bytes(registers: &Registers) -> impl Iterator<Item = u8> {
-    registers.lapic.regs.iter().map(|byte| *byte as u8)
 }
 
 struct Reader<'a>(&'a [u8]);

@@ -5,12 +5,13 @@ use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_device_attr, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
-use kvm_ioctls::{Cap, SyncReg, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::error::MachineError;
 use super::layout::LAPIC_BASE;
+use super::state::{Registers, SHOWN};
 
 /// What this node does for a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +25,7 @@ pub enum Role {
 const IA32_APIC_BASE: u32 = 0x1b;
 const APIC_BASE_BSP: u64 = 1 << 8;
 /// xAPIC global enable and x2APIC mode.
-const APIC_BASE_X2APIC: u64 = 0xc00;
+pub(crate) const APIC_BASE_X2APIC: u64 = 0xc00;
 /// x2APIC spurious-interrupt vector register.
 const X2APIC_SVR: u32 = 0x80f;
 /// Software enable, spurious vector 0xff.
@@ -62,6 +63,11 @@ pub(crate) struct Vcpu {
     pub awaits_sipi: bool,
     /// Bytes of this host's XSAVE area.
     pub xsave_size: usize,
+    /// A proxy with a single step or breakpoints set.
+    pub is_debugged: bool,
+    /// What KVM has in this proxy of what stubs don't change, if that is known: all but the registers of its core, events
+    /// and LAPIC.
+    pub present: Option<Box<Registers>>,
 }
 
 impl Vcpu {
@@ -74,6 +80,8 @@ impl Vcpu {
             role,
             fd,
             awaits_sipi: false,
+            is_debugged: false,
+            present: None,
             // 0 where KVM has no KVM_GET_XSAVE2: then it is a page at most.
             xsave_size: usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_PAGE),
         };
@@ -92,9 +100,14 @@ impl Vcpu {
         Ok(vcpu)
     }
 
-    /// Asks KVM to show the system registers at every exit (owners: for the page-table root).
-    pub fn watch_system_registers(&mut self) {
-        self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+    /// Has KVM show registers at every exit (owners: for the page-table root, and for a move), or not.
+    pub fn show_registers(&mut self, show: bool) {
+        for part in SHOWN {
+            match show {
+                true => self.fd.set_sync_valid_reg(part),
+                false => self.fd.clear_sync_valid_reg(part),
+            }
+        }
     }
 
     /// Puts the LAPIC into x2APIC mode, as a boot processor's or not.
