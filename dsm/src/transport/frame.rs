@@ -4,6 +4,8 @@
 pub const MAX_PAYLOAD: usize = 1 << 20;
 /// Class of the transport's own empty frames that show a quiet peer is there.
 pub const HEARTBEAT: u8 = 0xff;
+/// Read at once at most: what is read is still in a processor's cache when its frame is handed on.
+const AT_ONCE: usize = 256 << 10;
 /// Length and class.
 pub const HEADER: usize = 5;
 
@@ -72,7 +74,8 @@ impl Decoder {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        &mut self.buffer[self.end..]
+        let most = self.buffer.len().min(self.end + AT_ONCE);
+        &mut self.buffer[self.end..most]
     }
 
     /// `count` bytes were put at the start of [`Self::space`].

@@ -1,8 +1,8 @@
 //! The sending side of the stream to one peer.
 
-use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use socket2::SockRef;
 use crate::errno::Errno;
 use crate::transport::counters::{Counters, PeerCount};
 use crate::transport::frame::{self, HEADER, HEARTBEAT, MAX_PAYLOAD};
+use crate::transport::queue::{Body, Queue};
 use crate::transport::{Config, LostReason, SendError, socket};
 
 /// Parts of a frame that are sent without gathering them first.
@@ -40,7 +41,7 @@ pub struct Link {
 #[derive(Debug, Default)]
 struct Outbound {
     /// Bytes the network did not take yet. While there are any, new frames go behind them.
-    queue: VecDeque<u8>,
+    queue: Queue,
     /// Something was sent since the last look.
     active: bool,
     /// No more frames: send what is queued until this moment, then end the stream.
@@ -77,6 +78,34 @@ impl Link {
                 self.push(outbound, class, &[frame], more)
             })
         })
+    }
+
+    /// See [`crate::transport::Transport::send_from`]: the writer thread sends all of it.
+    pub fn send_from(&self, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
+        let part = part.start..part.end.min((**body).as_ref().len()).max(part.start);
+        let len = head.len() + part.len();
+        self.check(class, len)?;
+        self.enter(|outbound| {
+            self.make_room(outbound, HEADER + len)?;
+            outbound.queue.copy(&frame::header(class, len));
+            outbound.queue.copy(head);
+            outbound.queue.lend(body.clone(), part);
+            outbound.active = true;
+            self.counters.sent(class, HEADER + len);
+            Ok(())
+        })
+    }
+
+    /// That many bytes are going to be queued.
+    fn make_room(&self, outbound: &Outbound, more: usize) -> Result<(), LostReason> {
+        let bytes = outbound.queue.len() + more;
+        if bytes > self.config.queue_limit {
+            return Err(LostReason::Overrun { bytes });
+        }
+        if outbound.queue.is_empty() {
+            self.changed.notify_one();
+        }
+        Ok(())
     }
 
     fn check(&self, class: u8, len: usize) -> Result<(), SendError> {
@@ -119,17 +148,10 @@ impl Link {
         }
         outbound.active = true;
         if sent < HEADER + len {
-            let bytes = outbound.queue.len() + HEADER + len - sent;
-            if bytes > self.config.queue_limit {
-                return Err(LostReason::Overrun { bytes });
-            }
-            let was_empty = outbound.queue.is_empty();
+            self.make_room(outbound, HEADER + len - sent)?;
             for part in std::iter::once(&header[..]).chain(parts.iter().copied()) {
-                outbound.queue.extend(&part[sent.min(part.len())..]);
+                outbound.queue.copy(&part[sent.min(part.len())..]);
                 sent -= sent.min(part.len());
-            }
-            if was_empty {
-                self.changed.notify_one();
             }
         }
         self.counters.sent(class, HEADER + len);
@@ -168,7 +190,19 @@ impl Link {
                 if outbound.flush_until.is_some_and(|until| now >= until) {
                     break;
                 }
-                match self.drain(&mut outbound) {
+                // What is lent is sent without the lock: nobody else sends while something is queued.
+                let drained = match outbound.queue.lent() {
+                    Some((head, body, range)) => {
+                        drop(outbound);
+                        let bytes = (*body).as_ref().get(range).unwrap_or_default();
+                        let sent = self.transmit(&[IoSlice::new(&head), IoSlice::new(&bytes[..bytes.len().min(CHUNK)])], 0);
+                        outbound = self.lock();
+                        // If the stream has ended meanwhile, the queue is another one.
+                        sent.map(|sent| if outbound.ended { 0 } else { Self::drained(&mut outbound, sent) })
+                    }
+                    None => self.drain(&mut outbound),
+                };
+                match drained {
                     Ok(sent) => {
                         drop(outbound);
                         if sent == 0 {
@@ -203,16 +237,14 @@ impl Link {
     }
 
     fn drain(&self, outbound: &mut Outbound) -> Result<usize, LostReason> {
-        let (front, back) = outbound.queue.as_slices();
-        let front = &front[..front.len().min(CHUNK)];
-        let back = &back[..back.len().min(CHUNK - front.len())];
-        let sent = self.transmit(&[IoSlice::new(front), IoSlice::new(back)], 0)?;
-        outbound.queue.drain(..sent);
+        let sent = self.transmit(&outbound.queue.front(CHUNK), 0)?;
+        Ok(Self::drained(outbound, sent))
+    }
+
+    fn drained(outbound: &mut Outbound, sent: usize) -> usize {
+        outbound.queue.sent(sent, KEEP);
         outbound.active |= sent > 0;
-        if outbound.queue.is_empty() && outbound.queue.capacity() > KEEP {
-            outbound.queue.shrink_to(KEEP);
-        }
-        Ok(sent)
+        sent
     }
 
     /// Ends the stream because of an error. The first reason counts. The receiver, woken by the
@@ -220,7 +252,7 @@ impl Link {
     fn give_up(&self, outbound: &mut Outbound, reason: LostReason) {
         let _ = self.lost.set(reason);
         outbound.ended = true;
-        outbound.queue = VecDeque::new();
+        outbound.queue = Queue::default();
         self.changed.notify_one();
         // Fails if the stream is gone; then the receiver is awake already.
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -230,7 +262,7 @@ impl Link {
     pub fn end(&self) {
         let mut outbound = self.lock();
         outbound.ended = true;
-        outbound.queue = VecDeque::new();
+        outbound.queue = Queue::default();
         self.changed.notify_one();
         // Fails if the stream is gone, which is what we want.
         let _ = self.stream.shutdown(Shutdown::Both);

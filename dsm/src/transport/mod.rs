@@ -7,6 +7,7 @@
 mod counters;
 mod frame;
 mod link;
+mod queue;
 pub mod rdma;
 mod socket;
 mod tcp;
@@ -14,9 +15,11 @@ mod threads;
 
 pub use counters::{ClassCount, PeerCount};
 pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
+pub use queue::Body;
 pub use socket::prepare;
 pub use tcp::{Config, TcpTransport};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::errno::Errno;
@@ -45,6 +48,15 @@ pub trait Transport: Send + Sync {
     /// As for [`Transport::send`]; frames before one that is refused may have been sent.
     fn send_together(&self, to: usize, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
         frames.iter().try_for_each(|frame| self.send(to, class, &[frame]))
+    }
+
+    /// Like [`Transport::send`] for a frame of `head` and a part of `body` that may be sent later, from where it is.
+    ///
+    /// # Errors
+    /// As for [`Transport::send`].
+    fn send_from(&self, to: usize, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
+        let bytes = (**body).as_ref();
+        self.send(to, class, &[head, &bytes[part.start.min(bytes.len())..part.end.min(bytes.len())]])
     }
 
     /// What went to and came from a node so far.

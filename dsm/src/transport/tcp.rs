@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -13,7 +14,7 @@ use crate::transport::frame::{Decoder, HEADER, HEARTBEAT};
 use crate::transport::link::Link;
 use crate::spin::Spin;
 use crate::transport::threads::{FLUSH, LINGER, join, spawn};
-use crate::transport::{Handler, LostReason, PeerEvent, SendError, Transport, TransportError, socket};
+use crate::transport::{Body, Handler, LostReason, PeerEvent, SendError, Transport, TransportError, socket};
 
 /// Silence is counted in this many steps, so that a host that stood still for a while itself (a
 /// debugger, a paused virtual host) does not take that for silence of its peers.
@@ -133,6 +134,13 @@ impl Transport for TcpTransport {
     fn send_together(&self, to: usize, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
         match self.links.get(to) {
             Some(Some(link)) => link.send_together(class, frames),
+            _ => Err(SendError::NoPeer { peer: to }),
+        }
+    }
+
+    fn send_from(&self, to: usize, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
+        match self.links.get(to) {
+            Some(Some(link)) => link.send_from(class, head, body, part),
             _ => Err(SendError::NoPeer { peer: to }),
         }
     }

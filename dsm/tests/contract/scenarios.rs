@@ -51,6 +51,12 @@ pub const SCENARIOS: &[Scenario] = &[
         far: together::far,
     },
     Scenario {
+        name: "frames_sent_from_where_they_are_keep_their_place",
+        config: USUAL,
+        near: lent::near,
+        far: lent::far,
+    },
+    Scenario {
         name: "floods_both_ways_do_not_deadlock",
         config: USUAL,
         near: flood::side,
@@ -241,6 +247,56 @@ mod together {
             }
         }
         assert_eq!(news.frame(4), b"next");
+        side.send(9, &[]);
+        assert_eq!(news.event(), NEAR_CLOSED);
+    }
+}
+
+mod lent {
+    use super::*;
+
+    const COUNT: usize = 300;
+
+    fn body() -> Vec<u8> {
+        (0..MAX_PAYLOAD).map(|at| (at * 13 % 241) as u8).collect()
+    }
+
+    fn part(number: usize) -> std::ops::Range<usize> {
+        match number % 3 {
+            0 => 0..number,
+            1 => number..100_000 + number,
+            _ => 0..MAX_PAYLOAD - 2,
+        }
+    }
+
+    pub fn near(side: &Side) {
+        let news = side.record();
+        let body: krg_dsm::transport::Body = Arc::new(body());
+        for number in 0..COUNT {
+            side.transport.send_from(1, 3, &[number as u8, 1], &body, part(number)).unwrap();
+            side.send(4, &[number as u8]);
+        }
+        // What there is not of a body is not sent.
+        side.transport.send_from(1, 3, &[7], &body, MAX_PAYLOAD - 1..2 * MAX_PAYLOAD).unwrap();
+        side.transport.send_from(1, 3, &[8], &body, 2 * MAX_PAYLOAD..3 * MAX_PAYLOAD).unwrap();
+        let len = MAX_PAYLOAD + 1;
+        assert_eq!(side.transport.send_from(1, 3, &[0], &body, 0..MAX_PAYLOAD), Err(SendError::TooLong { peer: 1, len }));
+        news.frame(9);
+        assert_eq!((side.transport.count(1).class(3).frames_out, side.transport.count(1).queued), (COUNT as u64 + 2, 0));
+        assert_eq!(Arc::strong_count(&body), 1);
+    }
+
+    pub fn far(side: &Side) {
+        let news = side.record();
+        let body = body();
+        for number in 0..COUNT {
+            let payload = news.frame(3);
+            assert_eq!(payload[..2], [number as u8, 1]);
+            assert!(payload[2..] == body[part(number)], "frame {number}");
+            assert_eq!(news.frame(4), [number as u8]);
+        }
+        assert_eq!(news.frame(3), [7, body[MAX_PAYLOAD - 1]]);
+        assert_eq!(news.frame(3), [8]);
         side.send(9, &[]);
         assert_eq!(news.event(), NEAR_CLOSED);
     }
