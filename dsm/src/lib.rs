@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod contention;
 mod errno;
+pub mod lending;
 pub mod memory;
 pub mod node;
 pub mod prefetch;

@@ -5,23 +5,25 @@
 //! is released, so the order of messages is the order of the engine's steps. Machine messages are
 //! delivered after that, outside the lock.
 
+mod ahead;
 mod cache;
 mod upkeep;
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ahead::{Asks, Landings};
 use cache::Cache;
 pub use cache::Copies;
 
 use crate::contention::{Contention, FetchedPage, HotPage};
+use crate::lending::{Lending, LendingCounters};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
-use crate::protocol::{Access, Bug, Counters, Engine, Geometry, Input, MOST_AHEAD, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::protocol::{Access, Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::stalls::{Part, Stalls, ThreadStalls, Waited};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
@@ -30,6 +32,8 @@ use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 pub const PROTOCOL: u8 = 1;
 /// Frame class of messages outside the protocol's order (set-up, clocks).
 pub const SETUP: u8 = 2;
+/// Frame class of pieces of whole blocks, which are in the protocol's order.
+pub const BLOCK: u8 = 3;
 
 /// Roots are asked for again after this long at the earliest.
 const ROOTS_INTERVAL: Duration = Duration::from_millis(1);
@@ -40,12 +44,6 @@ const ZERO_GROUP: u32 = 32;
 
 /// Longest wait of a fault for room among the copies: what can't be evicted must not stop the guest.
 const ROOM_PATIENCE: Duration = Duration::from_secs(1);
-
-/// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
-/// are still being read, and a fault waits behind so many pages at most.
-const AHEAD_AT_ONCE: usize = 16;
-/// Pages of streams that may be under way at a time: enough for the wire, and the most that a fault waits behind.
-const AHEAD_UNDER_WAY: usize = 64;
 
 /// Pages asked for in one step, with the engine locked.
 const PREFETCH_AT_ONCE: u32 = 64;
@@ -123,8 +121,9 @@ struct State {
     freed: Vec<u32>,
     stalls: Stalls,
     predictor: Predictor,
-    /// Pages of streams still to be asked for: the first, and a bit for each.
-    asks: VecDeque<(u32, u64)>,
+    /// What streams have still to ask for.
+    asks: Asks,
+    lending: Lending,
 }
 
 /// The shared memory of one node.
@@ -150,6 +149,7 @@ pub struct Dsm {
     ahead: AtomicBool,
     /// Pages have been given up.
     freed: Condvar,
+    landings: Mutex<Landings>,
 }
 
 impl Dsm {
@@ -172,6 +172,7 @@ impl Dsm {
             room: Condvar::new(),
             ahead: AtomicBool::new(true),
             freed: Condvar::new(),
+            landings: Mutex::default(),
         })
     }
 
@@ -204,7 +205,7 @@ impl Dsm {
             engine.plant(bug);
         }
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), predictor: Predictor::default(), asks: VecDeque::new() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), predictor: Predictor::default(), asks: Asks::default(), lending: Lending::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -301,6 +302,16 @@ impl Dsm {
         self.lock().as_ref().map(|s| s.memory.block_counters()).unwrap_or_default()
     }
 
+    /// Whether streams here ask for whole blocks: the kernel can put one in place as a huge page.
+    pub fn moves_blocks(&self) -> bool {
+        self.lock().as_ref().is_some_and(|s| s.memory.features().moves)
+    }
+
+    /// What happened to blocks that were given away whole.
+    pub fn lending(&self) -> LendingCounters {
+        self.lock().as_ref().map(|s| s.lending.counters()).unwrap_or_default()
+    }
+
     /// The copies of other nodes' pages here.
     pub fn copies(&self) -> Copies {
         self.lock().as_ref().map(|s| s.cache.copies(s.memory.copies())).unwrap_or_default()
@@ -392,9 +403,13 @@ impl Dsm {
                     let now = self.trace.now();
                     for fault in &faults {
                         self.trace.mark(now, Stage::Detected, fault.page);
+                        let reads = !fault.write && self.ahead.load(Ordering::Relaxed);
+                        if reads {
+                            self.enter_block(fault.thread, fault.page);
+                        }
                         let input = Input::Fault { page: fault.page, write: fault.write };
                         let waits = self.step_of(self.me, input, fault.thread);
-                        if waits && !fault.write && self.ahead.load(Ordering::Relaxed) {
+                        if waits && reads {
                             self.follow(fault.thread, fault.page);
                         }
                     }
@@ -412,41 +427,6 @@ impl Dsm {
         }
     }
 
-    /// Sees to it that what a thread is going to read next is asked for, if its faults show that. The fault
-    /// itself, which somebody waits for, has been asked for before.
-    fn follow(&self, thread: u32, page: u32) {
-        if let Some(state) = self.lock().as_mut() {
-            // Nothing is evicted for pages that may never be read.
-            let asked = state.engine.pending() as u32 + state.asks.iter().map(|(_, wanted)| wanted.count_ones()).sum::<u32>();
-            let room = state.cache.limit().saturating_sub(state.memory.copies()).saturating_sub(asked);
-            let mut ask = Vec::new();
-            state.predictor.fault(thread, page, room, &mut ask);
-            // Streams go either way.
-            ask.sort_unstable();
-            let mut rest = &ask[..];
-            while let Some(&first) = rest.first() {
-                let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
-                state.asks.push_back((first, rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first))));
-                rest = &rest[some..];
-            }
-        }
-        self.ask_ahead();
-    }
-
-    /// Asks for pages of streams, as far as enough of those asked for before have come.
-    fn ask_ahead(&self) {
-        loop {
-            let next = self.lock().as_mut().and_then(|state| {
-                let fits = state.engine.asked_ahead() + AHEAD_AT_ONCE <= AHEAD_UNDER_WAY;
-                if fits { state.asks.pop_front() } else { None }
-            });
-            match next {
-                Some((first, wanted)) => self.step(self.me, Input::Ahead { first, wanted }),
-                None => return,
-            };
-        }
-    }
-
     /// One step of the engine and all that follows from it. Whether it was a fault on a page that another
     /// node has to send.
     fn step(&self, from: usize, input: Input<PAGE_WORDS>) -> bool {
@@ -454,7 +434,7 @@ impl Dsm {
     }
 
     /// The same; `thread` has the fault.
-    fn step_of(&self, from: usize, input: Input<PAGE_WORDS>, thread: u32) -> bool {
+    fn step_of(&self, from: usize, mut input: Input<PAGE_WORDS>, thread: u32) -> bool {
         let mut guard = self.lock();
         while guard.is_none() {
             if self.stopping.load(Ordering::SeqCst) {
@@ -466,10 +446,10 @@ impl Dsm {
             guard = self.await_room(guard, page);
         }
         let Some(state) = guard.as_mut() else { return false };
-        let State { engine, memory, cache, out, encoded, roots_asked, freed, contention, begun, stalls, .. } = state;
+        let State { engine, memory, cache, out, encoded, roots_asked, freed, contention, begun, stalls, asks, lending, .. } = state;
         let mut faulted = None;
-        if let Input::Fault { page, .. } = input {
-            faulted = Some((page, nanos(*begun)));
+        if let Input::Fault { page, write } = input {
+            faulted = Some((page, write, nanos(*begun)));
         }
         if let Input::Message { message, .. } = &input {
             note_part(stalls, from as NodeId, message);
@@ -479,7 +459,8 @@ impl Dsm {
             Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
             _ => None,
         };
-        let came = matches!(input, Input::Message { message: Message::Given { .. }, .. });
+        let came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
+        let lent = lend(lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -488,11 +469,16 @@ impl Dsm {
         let now = self.trace.now();
         out.completed.iter().for_each(|page| self.trace.mark(now, Stage::Installed, *page));
         self.transmit(out, encoded);
-        let waits = faulted.is_some_and(|(page, _)| engine.is_pending(page));
-        if let Some((page, since)) = faulted {
+        out.not_given.drain(..).for_each(|first| asks.not_whole(first));
+        if let Some((block, _)) = lent.filter(|(_, before)| engine.counters().blocks_out > *before) {
+            lending.given(block, nanos(*begun) / 1000);
+        }
+        let waits = faulted.is_some_and(|(page, ..)| engine.is_pending(page));
+        if let Some((page, write, since)) = faulted {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
                 stalls.fault(page, thread, since);
+                lending.wanted(page / BLOCK_PAGES, write, since / 1000);
                 contention.fault(page, thread);
             }
         }
@@ -554,21 +540,31 @@ impl Dsm {
         };
         while let Some(&(to, _)) = out.sends.first() {
             let mut count = 0;
-            out.sends.retain(|(node, message)| {
-                if *node == to {
-                    // The buffers stay, with their memory.
-                    if encoded.len() == count {
-                        encoded.push(Vec::new());
-                    }
-                    encoded[count].clear();
-                    message.encode(&mut encoded[count]);
-                    count += 1;
+            let mut block = None;
+            out.sends.retain_mut(|(node, message)| {
+                if *node != to || block.is_some() {
+                    return true;
                 }
-                *node != to
+                // A block ends what leaves together.
+                if let Message::GivenBlock { page, data: data @ Some(_) } = message {
+                    block = data.take().map(|data| (*page, data));
+                    return false;
+                }
+                // The buffers stay, with their memory.
+                if encoded.len() == count {
+                    encoded.push(Vec::new());
+                }
+                encoded[count].clear();
+                message.encode(&mut encoded[count]);
+                count += 1;
+                false
             });
             if let Err(error) = self.transport.send_together(usize::from(to), PROTOCOL, &encoded[..count]) {
                 // The transport tells of a lost peer by an event; anything else is our own fault.
                 tracing::debug!(%error, "a protocol message was not sent");
+            }
+            if let Some((page, data)) = block {
+                self.send_block(usize::from(to), page, data);
             }
         }
         let now = self.trace.now();
@@ -589,6 +585,24 @@ fn nanos(begun: Instant) -> u64 {
     begun.elapsed().as_nanos() as u64
 }
 
+/// What the protocol is to know of a block asked for whole, or a page asked for: its block, if that was asked for.
+fn lend(lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<u32> {
+    let Input::Message { from, message } = input else { return None };
+    match *message {
+        Message::Get { page, write, .. } => {
+            lending.wanted(page / BLOCK_PAGES, write, now);
+            None
+        }
+        Message::AskBlock { page } => {
+            if lending.keeps(page / BLOCK_PAGES, now) {
+                *input = Input::KeepBlock { to: *from, first: page };
+            }
+            Some(page / BLOCK_PAGES)
+        }
+        _ => None,
+    }
+}
+
 /// Notes what a message says of who had a page that threads here wait for.
 fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
     match message {
@@ -598,6 +612,10 @@ fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
         Message::Given { page, given, .. } => {
             let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1);
             bits.for_each(|bit| stalls.answered(page.saturating_add(bit), from, Part::Sent));
+        }
+        Message::GivenBlock { page, data } => {
+            let pages = data.as_ref().map_or(0, |data| data.pages().len() as u32);
+            (*page..page.saturating_add(pages)).for_each(|page| stalls.answered(page, from, Part::Sent));
         }
         Message::InvalidateAck { page } => stalls.answered(*page, from, Part::Dropped),
         Message::Grant { page, .. } => stalls.answered(*page, from, Part::Granted),
@@ -625,6 +643,7 @@ impl Handler for Receiver {
                 }
                 Err(reason) => self.0.fail(DsmError::Malformed { from: peer, reason }),
             },
+            BLOCK => self.0.block_piece(peer, payload),
             SETUP => {
                 if let Some(client) = self.0.client.get() {
                     client.setup(peer, payload);

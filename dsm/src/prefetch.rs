@@ -6,6 +6,9 @@
 //! on. Pages that are there don't fault, so the stream would be out of sight: one page in the middle of
 //! each window is left out, and the fault on it tells that the pages before it were used, and that it is
 //! time for the next window.
+//!
+//! A stream of neighbouring pages that has come far asks for whole blocks. No page of these is left out: its fault
+//! on one that is still to come tells how far it is.
 
 /// Streams followed at a time; the one longest without a fault makes room.
 const STREAMS: usize = 64;
@@ -19,8 +22,11 @@ const CONFIRMED_LATE: u32 = 8;
 /// Pages in the first window and in the largest.
 const FIRST_WINDOW: u32 = 8;
 const LAST_WINDOW: u32 = 1024;
+/// Neighbouring pages after which a stream asks for whole blocks, and its largest window then.
+const LONG: u32 = 128;
+const BLOCKS_WINDOW: u32 = 4096;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
-const MEMORY: u64 = 4096;
+const MEMORY: u64 = 16384;
 /// Pages that may be wasted before anything is believed less.
 const MAY_WASTE: u64 = 256;
 
@@ -49,6 +55,8 @@ struct Stream {
     window: u32,
     /// Steps from `last` to the farthest page asked for.
     ahead: u32,
+    /// Pages it has passed, about.
+    run: u32,
     /// When the last fault was, counted in faults.
     at: u64,
 }
@@ -64,10 +72,49 @@ impl Stream {
         u32::try_from(distance / step).ok().filter(|steps| (1..=self.ahead + 1).contains(steps))
     }
 
+    /// Whether it asks for whole blocks, when it has come so many steps farther.
+    fn goes_by_blocks(&self, steps: u32, block: u32) -> bool {
+        block > 1 && self.step.abs() == 1 && self.run.saturating_add(steps) >= LONG
+    }
+
+    /// Whether `page` is the first page it meets of a block, and none of that was asked for.
+    fn enters_block(&self, page: u32, block: u32) -> bool {
+        let edge = if self.step > 0 { 0 } else { block - 1 };
+        page % block == edge && self.steps_to(page) == Some(self.ahead + 1)
+    }
+
+    /// Asks for the pages up to the next block, but one in the middle of many, and fills the window with whole blocks
+    /// from there on.
+    fn ask_blocks(&mut self, block: u32, wanted: &mut Wanted) {
+        while let Some(page) = self.page(self.ahead + 1) {
+            if !self.enters_block(page, block) {
+                wanted.pages.push(page);
+                self.ahead += 1;
+            } else if self.ahead + block <= self.window {
+                wanted.blocks.push(page - page % block);
+                self.ahead += block;
+            } else {
+                break;
+            }
+        }
+        if wanted.pages.len() as u32 >= LONG {
+            wanted.pages.swap_remove(wanted.pages.len() / 2);
+        }
+    }
+
     /// The page so many steps after the last fault.
     fn page(&self, steps: u32) -> Option<u32> {
         u32::try_from(i64::from(self.last) + i64::from(self.step) * i64::from(steps)).ok()
     }
+}
+
+/// What to ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Single pages; all but those that don't exist are meant.
+    pub pages: Vec<u32>,
+    /// First pages of whole blocks. They come behind the pages.
+    pub blocks: Vec<u32>,
 }
 
 /// Streams of one node's threads.
@@ -81,36 +128,63 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Takes note that `thread` waits for `page`, to read it, and appends the pages to ask for now, `room` at most: all
-    /// but those that don't exist are meant.
-    pub fn fault(&mut self, thread: u32, page: u32, room: u32, ask: &mut Vec<u32>) {
+    /// Takes note that `thread` waits for `page`, to read it, and says what to ask for now, about `room` pages at
+    /// most. `block`: pages of a block that may be asked for whole; 0 if none may be.
+    pub fn fault(&mut self, thread: u32, page: u32, room: u32, block: u32) -> Wanted {
+        let mut wanted = Wanted::default();
         self.faults += 1;
         let (confirmed, most) = self.limits();
         let most = most.min(room);
-        let of_thread = |stream: &Stream| stream.thread == thread;
-        let Some((at, steps)) =
-            self.streams.iter().enumerate().find_map(|(n, s)| Some((n, s.steps_to(page).filter(|_| of_thread(s))?)))
-        else {
-            return self.begin(thread, page);
+        let Some((at, steps)) = self.find(thread, page) else {
+            self.begin(thread, page);
+            return wanted;
         };
         let stream = &mut self.streams[at];
         let passed = steps.min(stream.ahead + 1) - 1;
+        let whole = stream.goes_by_blocks(steps, block) && most >= LAST_WINDOW.max(2 * block);
+        let entered = whole && stream.enters_block(page, block);
         stream.last = page;
         stream.hits += 1;
+        stream.run = stream.run.saturating_add(steps);
         stream.ahead = stream.ahead.saturating_sub(steps);
         stream.at = self.faults;
-        // Half of the window is still ahead: nothing to do.
-        if stream.hits >= confirmed && stream.ahead <= stream.window / 2 && most >= FIRST_WINDOW {
+        if whole {
+            if entered {
+                stream.ahead = block - 1;
+                self.accuracy.issued += u64::from(stream.ahead);
+            }
+            stream.window = (stream.window * 2).clamp(2 * block, BLOCKS_WINDOW.max(2 * block).min(room));
+            let before = stream.ahead;
+            stream.ask_blocks(block, &mut wanted);
+            self.accuracy.issued += u64::from(stream.ahead - before);
+        } else if stream.hits >= confirmed && stream.ahead <= stream.window / 2 && most >= FIRST_WINDOW {
             stream.window = (stream.window * 2).clamp(FIRST_WINDOW, most);
             let from = stream.ahead + 1;
             // The fault on this one will tell how far the stream has come.
             let left_out = stream.ahead + (stream.window - stream.ahead.min(stream.window)).div_ceil(2);
-            let before = ask.len();
-            ask.extend((from..=stream.window).filter(|steps| *steps != left_out).map_while(|steps| stream.page(steps)));
+            wanted.pages.extend((from..=stream.window).filter(|steps| *steps != left_out).map_while(|steps| stream.page(steps)));
             stream.ahead = stream.ahead.max(stream.window);
-            self.accuracy.issued += (ask.len() - before) as u64;
+            self.accuracy.issued += wanted.pages.len() as u64;
         }
         self.judge(u64::from(passed), 0);
+        wanted
+    }
+
+    /// Whether the fault that [`Predictor::fault`] will be told of is best answered by the whole block the page is in.
+    pub fn wants_block(&self, thread: u32, page: u32, room: u32, block: u32) -> bool {
+        let may = block > 1 && self.limits().1.min(room) >= LAST_WINDOW.max(2 * block);
+        let enters = |(at, steps): (usize, u32)| {
+            let stream = &self.streams[at];
+            stream.enters_block(page, block) && stream.goes_by_blocks(steps, block)
+        };
+        may && self.find(thread, page).is_some_and(enters)
+    }
+
+    /// The stream that a thread goes on with if it comes to `page`, and in how many steps: the one it was at last, if
+    /// it fits several, since one that has ended may have gone the same way.
+    fn find(&self, thread: u32, page: u32) -> Option<(usize, u32)> {
+        let fits = |(n, stream): (usize, &Stream)| Some((n, stream.steps_to(page).filter(|_| stream.thread == thread)?));
+        self.streams.iter().enumerate().filter_map(fits).max_by_key(|(n, _)| self.streams[*n].at)
     }
 
     /// What came of the pages asked for so far.
@@ -124,10 +198,10 @@ impl Predictor {
         let near = |s: &&mut Stream| s.thread == thread && s.hits < CONFIRMED && s.last != page && s.last.abs_diff(page) <= FARTHEST;
         if let Some(stream) = self.streams.iter_mut().filter(near).max_by_key(|s| s.at) {
             stream.step = (i64::from(page) - i64::from(stream.last)) as i32;
-            (stream.last, stream.hits, stream.at) = (page, 1, self.faults);
+            (stream.last, stream.hits, stream.run, stream.at) = (page, 1, 1, self.faults);
             return;
         }
-        let new = Stream { thread, last: page, step: 0, hits: 0, window: 0, ahead: 0, at: self.faults };
+        let new = Stream { thread, last: page, step: 0, hits: 0, window: 0, ahead: 0, run: 0, at: self.faults };
         let own = self.streams.iter().filter(|s| s.thread == thread).count();
         let oldest = |of: &dyn Fn(&Stream) -> bool| {
             self.streams.iter().enumerate().filter(|(_, s)| of(s)).min_by_key(|(_, s)| s.at).map(|(n, _)| n)
@@ -180,18 +254,14 @@ mod tests {
         for page in pages {
             if here.insert(page) {
                 faults += 1;
-                let mut ask = Vec::new();
-                predictor.fault(thread, page, u32::MAX, &mut ask);
-                here.extend(ask);
+                here.extend(predictor.fault(thread, page, u32::MAX, 0).pages);
             }
         }
         faults
     }
 
     fn asked(predictor: &mut Predictor, thread: u32, page: u32) -> Vec<u32> {
-        let mut ask = Vec::new();
-        predictor.fault(thread, page, u32::MAX, &mut ask);
-        ask
+        predictor.fault(thread, page, u32::MAX, 0).pages
     }
 
     #[test]
@@ -224,9 +294,48 @@ mod tests {
         for (room, most) in [(0, 0), (7, 0), (8, 7), (100, 99)] {
             let mut p = Predictor::default();
             for page in 0..2000 {
-                let mut ask = Vec::new();
-                p.fault(1, page, room, &mut ask);
-                assert!(ask.len() <= most, "{} pages with room for {room}", ask.len());
+                let wanted = p.fault(1, page, room, 512);
+                assert!(wanted.pages.len() <= most, "{} pages with room for {room}", wanted.pages.len());
+                assert_eq!(wanted.blocks, [0; 0]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_stream_asks_for_whole_blocks() {
+        for (start, step) in [(100_000, 1), (100_000, -1), (2048, 1)] {
+            let mut p = Predictor::default();
+            let mut here = std::collections::HashSet::new();
+            let (mut faults, mut blocks, mut pages) = (0, Vec::new(), 0);
+            for page in (0..8192).map(|n| (start + n * step) as u32) {
+                if !here.contains(&page) {
+                    faults += 1;
+                    if p.wants_block(1, page, u32::MAX, 512) {
+                        blocks.push(page / 512 * 512);
+                        assert!((page / 512 * 512..).take(512).all(|page| here.insert(page)));
+                    } else {
+                        here.insert(page);
+                    }
+                    let wanted = p.fault(1, page, u32::MAX, 512);
+                    pages += wanted.pages.len();
+                    here.extend(wanted.pages);
+                    // None of a block is asked for twice.
+                    wanted.blocks.iter().for_each(|first| assert!((*first..first + 512).all(|page| here.insert(page)), "{first}"));
+                    blocks.extend(wanted.blocks);
+                }
+            }
+            assert!(blocks.len() >= 15 && blocks.iter().all(|first| first % 512 == 0), "{blocks:?}");
+            assert!(pages < 700 && faults < 30, "{pages} pages, {faults} faults");
+            assert!(p.accuracy().issued < 8192 + u64::from(BLOCKS_WINDOW) + 512, "{:?}", p.accuracy());
+        }
+    }
+
+    #[test]
+    fn no_blocks_for_streams_that_leave_pages_out_or_are_short() {
+        for (step, pages) in [(2, 4000), (-3, 4000), (1, 60)] {
+            let mut p = Predictor::default();
+            for n in 0..pages {
+                assert_eq!(p.fault(1, (100_000 + n * step) as u32, u32::MAX, 512).blocks, [0; 0], "step {step}");
             }
         }
     }

@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use krg_dsm::memory::{Access, BLOCK_PAGES, BlockCounters, FaultSource, GuestRam, UffdMemory};
-use krg_dsm::protocol::Memory;
+use krg_dsm::memory::{Access, BLOCK_PAGES, BlockCounters, FaultSource, GuestRam, PAGE_WORDS, UffdMemory};
+use krg_dsm::protocol::{BlockData, Memory};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -193,4 +193,107 @@ fn a_saved_state_has_private_blocks_as_pages() {
     let (mut other, _other_sources) = self::memory(8);
     other.restore(&state, |page| memory.read(page)).unwrap();
     assert_eq!((other.load(1000, 0), other.load(1001, 0), other.save()), (3, 0, state));
+}
+
+/// The content of a block in memory that can be moved.
+fn movable(memory: &UffdMemory, value: u64) -> BlockData<PAGE_WORDS> {
+    let mut slot = memory.slots().take().unwrap();
+    slot.pages_mut().iter_mut().zip(value..).for_each(|(page, value)| page.fill(value));
+    BlockData::new(slot)
+}
+
+/// Whether all pages of a block hold what [`movable`] made.
+fn holds(ram: &GuestRam, block: u32, value: u64) -> bool {
+    let first = block * BLOCK_PAGES;
+    (0..BLOCK_PAGES).all(|n| [0, 511].iter().all(|word| load(ram, first + n, *word) == value + u64::from(n)))
+}
+
+#[test]
+fn a_block_that_comes_whole_is_one_huge_page_and_wakes_who_waits() {
+    let (mut memory, mut sources) = memory(8);
+    // What was there before leaves a page table behind.
+    memory.install(600, &[1; 512], true);
+    memory.discard(600);
+    let reader = touch(&memory, |ram| load(ram, 600, 5));
+    let mut faults = Vec::new();
+    assert!(sources[0].next_batch(&mut faults).unwrap());
+    let data = movable(&memory, 1000);
+    memory.install_block(512, data);
+    assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 1000 + 88);
+    let content = touch(&memory, |ram| holds(ram, 1, 1000) && (512..1024).all(|page| ram.words(page).unwrap()[7].fetch_add(1, Ordering::SeqCst) > 0));
+    assert!(content.recv_timeout(PATIENCE).unwrap());
+    assert_eq!(faults_waiting(&mut sources[0]), 0, "it is to be written, too");
+    if huge_pages() && memory.takes_block(1) {
+        assert_eq!(mappings(memory.ram()).1, 2048);
+    }
+    // Page by page it is as any other.
+    memory.protect(700);
+    memory.discard(701);
+    assert_eq!((memory.read(700)[0], memory.access(701)), (1188, Access::Absent));
+    // From memory that is not to be moved, and where a page is there already.
+    memory.install_block(0, BlockData::new(vec![[3; 512]; 512]));
+    assert_eq!((load(memory.ram(), 511, 511), memory.failed()), (3, None));
+    let data = movable(&memory, 1);
+    memory.install_block(512, data);
+    assert!(memory.failed().is_some());
+}
+
+#[test]
+fn a_block_that_leaves_whole_is_gone_at_once_and_its_memory_goes_along() {
+    let (mut memory, mut sources) = memory(8);
+    // A private block, one of single pages, and one that came whole.
+    memory.install_zeros(512..1024);
+    store(memory.ram(), 700, 3, 7);
+    for page in 1024..1536 {
+        memory.install(page, &[u64::from(page); 512], true);
+    }
+    let data = movable(&memory, 50);
+    memory.install_block(1536, data);
+    let out = memory.take_out(512..1024);
+    assert_eq!((out.pages()[188][3], out.pages()[189][3], out.pages().len()), (7, 0, 512));
+    let single = memory.take_out(1024..1536);
+    assert!(single.pages().iter().zip(1024..).all(|(page, value)| *page == [value; 512]));
+    let whole = memory.take_out(1536..2048);
+    assert_eq!((whole.pages()[0], whole.pages()[511]), ([50; 512], [561; 512]));
+    assert_eq!((memory.access(512), memory.access(2047)), (Access::Absent, Access::Absent));
+    assert_eq!(mappings(memory.ram()).1, 0);
+    let reader = touch(&memory, |ram| load(ram, 700, 3));
+    let mut faults = Vec::new();
+    assert!(sources[0].next_batch(&mut faults).unwrap());
+    assert_eq!(faults[0].page, 700);
+    memory.install_block(512, single);
+    assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 1024 + 188);
+    drop((out, whole));
+    assert_eq!(memory.failed(), None);
+    memory.take_out(0..512);
+    assert!(memory.failed().is_some(), "it is not there");
+}
+
+/// Blocks go and come, in any order, and none is left with a mapping of its own.
+#[test]
+fn blocks_that_went_and_came_are_mapped_with_their_neighbours() {
+    let (mut memory, _sources) = memory(64);
+    let count = memory.ram().pages() / BLOCK_PAGES;
+    for block in 0..count {
+        memory.install_zeros(block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES);
+        store(memory.ram(), block * BLOCK_PAGES, 0, u64::from(block));
+    }
+    assert_eq!(mappings(memory.ram()).0, 1);
+    for step in [3, 5, 7] {
+        for n in 0..count - 1 {
+            let block = n * step % count;
+            let first = block * BLOCK_PAGES;
+            let data = memory.take_out(first..first + BLOCK_PAGES);
+            assert_eq!(data.pages()[0][0], u64::from(block), "step {step}");
+            memory.install_block(first, data);
+        }
+        for _ in 0..2 {
+            let blocks = memory.blocks();
+            memory.merge_quiet(blocks, 1, |_| true);
+        }
+        let counters = memory.block_counters();
+        println!("{counters:?}, {} mappings", mappings(memory.ram()).0);
+        assert_eq!((counters.private, memory.failed()), (u64::from(count), None));
+    }
+    assert!(mappings(memory.ram()).0 <= 3, "{} mappings", mappings(memory.ram()).0);
 }

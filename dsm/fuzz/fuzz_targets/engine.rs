@@ -99,6 +99,8 @@ fuzz_target!(|data: &[u8]| {
                         requests += 1;
                         Input::Free { id: requests, pages }
                     }
+                    Some(3) => Input::AheadBlock { first: page },
+                    Some(4) => Input::KeepBlock { to: (me + 1) % NODES as NodeId, first: page },
                     _ => Input::Prefetch { pages, write: kind & 8 != 0 },
                 }
             }

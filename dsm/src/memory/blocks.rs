@@ -105,6 +105,17 @@ impl UffdMemory {
         taken
     }
 
+    /// Whether a shared block is a kernel mapping by itself: no neighbour is of its kind.
+    pub(super) fn stands_alone(&self, block: u32) -> bool {
+        let first = block * BLOCK_PAGES;
+        let (start, end) = Self::stripe_of(first);
+        let range = |page| self.ram().layout().range_of(page).map(|(at, _)| at);
+        let joined = |page: Option<u32>| {
+            page.is_some_and(|page| (start..end).contains(&page) && range(page).is_some_and(|at| Some(at) == range(first)) && !self.blocks.is_private(page / BLOCK_PAGES))
+        };
+        !joined(first.checked_sub(1)) && !joined(first.checked_add(BLOCK_PAGES))
+    }
+
     /// Before a page changes its state: its block is shared.
     pub(super) fn share_block_of(&mut self, page: u32) -> Result<(), MemoryError> {
         let block = page / BLOCK_PAGES;

@@ -7,7 +7,7 @@
 //! vCPU inside KVM, a device thread, or the kernel on behalf of a system call.
 //!
 //! A 2 MiB block that only this node uses is *private*: it is taken out of userfaultfd, and the kernel
-//! maps it by one huge page (`blocks.rs`).
+//! maps it by one huge page (`blocks.rs`). A block may also leave, or come, in one go (`whole.rs`).
 //!
 //! Pages go by a dense *page index*: 0 for the first page of the first RAM range, with no gaps
 //! between ranges.
@@ -20,8 +20,10 @@ mod fault;
 mod layout;
 mod page_ops;
 mod ram;
+mod slots;
 mod uffd;
 mod uffd_memory;
+mod whole;
 
 pub use access::Access;
 pub use blocks::BlockCounters;
@@ -29,5 +31,7 @@ pub use error::MemoryError;
 pub use fault::{Fault, FaultSource, FaultStop};
 pub use layout::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout, RamRange};
 pub use ram::{GuestRam, RamRegion};
+pub use slots::{BLOCK_BYTES, Slot, Slots};
 pub use uffd::Features;
 pub use uffd_memory::{MemoryState, UffdMemory};
+pub use whole::Landing;

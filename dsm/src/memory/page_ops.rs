@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use crate::memory::uffd_memory::ZEROS_AT_ONCE;
 use crate::memory::{Access, BLOCK_PAGES, PAGE_WORDS, UffdMemory, compare};
-use crate::protocol::Memory;
+use crate::protocol::{BlockData, Memory};
 
 /// The words of a page that is all zero.
 const ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
@@ -134,6 +134,17 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         if self.keep(result).is_some() {
             pages.for_each(|page| self.access.set(page, Access::Absent));
         }
+    }
+
+    /// All pages of a block become absent at once, and what they held is returned.
+    fn take_out(&mut self, block: Range<u32>) -> BlockData<PAGE_WORDS> {
+        self.take_block_out(block)
+    }
+
+    /// A block becomes present and writable, by one huge page where the kernel can do so; wakes those who wait.
+    fn install_block(&mut self, first: u32, mut data: BlockData<PAGE_WORDS>) {
+        let result = self.try_install_block(first, &mut data);
+        self.keep(result);
     }
 
     /// Lets those who wait for the page touch it again; they fault again if it is not there.

@@ -10,7 +10,7 @@ use crate::errno::Errno;
 use crate::memory::{BLOCK_PAGES, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, RamLayout};
 
 /// Mappings start on this boundary, so that host and guest huge pages coincide.
-const HUGE_PAGE: u64 = (BLOCK_PAGES as u64) << PAGE_SHIFT;
+pub(super) const HUGE_PAGE: u64 = (BLOCK_PAGES as u64) << PAGE_SHIFT;
 
 const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -273,7 +273,7 @@ impl Drop for GuestRam {
 }
 
 /// Maps `len` bytes at a huge page boundary.
-fn map(len: u64) -> Result<NonNull<u8>, MemoryError> {
+pub(super) fn map(len: u64) -> Result<NonNull<u8>, MemoryError> {
     let failed = |errno| MemoryError::Map { len, errno };
     let padded = len
         .checked_add(HUGE_PAGE)
@@ -300,11 +300,12 @@ fn map(len: u64) -> Result<NonNull<u8>, MemoryError> {
     NonNull::new(aligned as *mut u8).ok_or(failed(Errno(libc::ENOMEM)))
 }
 
-/// Gives advice on guest RAM. Advice that is not `needed` only saves memory or dump space; a
+/// Gives advice on guest RAM, or on memory meant for it. Advice that is not `needed` only saves memory or dump space; a
 /// kernel built without it says EINVAL.
-fn advise(host: NonNull<u8>, len: u64, advice: i32, name: &'static str, needed: bool) -> Result<(), MemoryError> {
+pub(super) fn advise(host: NonNull<u8>, len: u64, advice: i32, name: &'static str, needed: bool) -> Result<(), MemoryError> {
     // SAFETY: callers pass whole pages of a mapping made by `map`, which only holds guest data
-    // that is accessed atomically or by the kernel: losing its content breaks no Rust object.
+    // that is accessed atomically or by the kernel, or integers that nobody refers to: losing its
+    // content breaks no Rust object.
     if unsafe { libc::madvise(host.as_ptr().cast(), len as usize, advice) } == 0 {
         return Ok(());
     }

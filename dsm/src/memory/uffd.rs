@@ -12,6 +12,8 @@ const UFFD_API: u64 = 0xaa;
 const FEATURE_WP: u64 = 1 << 0;
 /// UFFD_FEATURE_THREAD_ID.
 const FEATURE_THREAD_ID: u64 = 1 << 8;
+/// UFFD_FEATURE_MOVE (Linux 6.8).
+const FEATURE_MOVE: u64 = 1 << 16;
 
 const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
@@ -59,6 +61,15 @@ struct Copy {
 }
 
 #[repr(C)]
+struct Move {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
+}
+
+#[repr(C)]
 struct WriteProtect {
     range: Range,
     mode: u64,
@@ -91,6 +102,7 @@ const UFFDIO_REGISTER: libc::Ioctl = request(READ_WRITE, 0x00, size_of::<Registe
 const UFFDIO_UNREGISTER: libc::Ioctl = request(READ, 0x01, size_of::<Range>());
 const UFFDIO_WAKE: libc::Ioctl = request(READ, 0x02, size_of::<Range>());
 const UFFDIO_COPY: libc::Ioctl = request(READ_WRITE, 0x03, size_of::<Copy>());
+const UFFDIO_MOVE: libc::Ioctl = request(READ_WRITE, 0x05, size_of::<Move>());
 const UFFDIO_WRITEPROTECT: libc::Ioctl = request(READ_WRITE, 0x06, size_of::<WriteProtect>());
 const UFFDIO_API: libc::Ioctl = request(READ_WRITE, 0x3f, size_of::<Api>());
 
@@ -99,6 +111,8 @@ const UFFDIO_API: libc::Ioctl = request(READ_WRITE, 0x3f, size_of::<Api>());
 pub struct Features {
     /// Faults carry the id of the thread that took them.
     pub thread_id: bool,
+    /// Memory can be moved in instead of being copied.
+    pub moves: bool,
 }
 
 /// One userfaultfd that also gets faults taken inside the kernel (KVM's are). Not blocking.
@@ -122,13 +136,14 @@ impl Uffd {
                 feature: "write protection (UFFD_FEATURE_PAGEFAULT_FLAG_WP)",
             });
         }
-        let wanted = FEATURE_WP | offered & FEATURE_THREAD_ID;
+        let wanted = FEATURE_WP | offered & (FEATURE_THREAD_ID | FEATURE_MOVE);
         let fd = new_fd()?;
         api(&fd, wanted)?;
         Ok(Self {
             fd,
             features: Features {
                 thread_id: wanted & FEATURE_THREAD_ID != 0,
+                moves: wanted & FEATURE_MOVE != 0,
             },
         })
     }
@@ -204,6 +219,29 @@ impl Uffd {
             done += u64::try_from(copy.copied).unwrap_or(0);
             result
         })
+    }
+
+    /// Fills the absent memory at `address`, writable, with the very memory of `len` bytes at `from`, and wakes those
+    /// who wait for it. Returns how many bytes, from the start on, were filled so: a kernel that can't take all
+    /// leaves the rest as it was.
+    ///
+    /// # Safety
+    /// `from` must be private anonymous memory of this process that nobody refers to: what is taken reads as zeros
+    /// afterwards. For the other end `register`'s caller vouched.
+    pub unsafe fn take_over(&self, address: u64, from: u64, len: u64) -> u64 {
+        let mut done = 0;
+        for _ in 0..ATTEMPTS {
+            let mut request = Move { dst: address + done, src: from + done, len: len - done, mode: 0, moved: 0 };
+            // SAFETY: the request matches the structure; the caller vouches for the memory.
+            let result = unsafe { ioctl(self.fd.as_raw_fd(), UFFDIO_MOVE, &mut request) };
+            // Negative: an error number.
+            done += u64::try_from(request.moved).unwrap_or(0);
+            match result {
+                Err(Errno(libc::EAGAIN | libc::EINTR)) if done < len => std::thread::yield_now(),
+                _ => break,
+            }
+        }
+        done.min(len)
     }
 
     /// Makes `pages` present pages from `address` on read-only, or writable again; the latter wakes those

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::access::AccessMap;
 use crate::memory::blocks::Blocks;
+use crate::memory::slots::Slots;
 use crate::memory::uffd::{Features, Uffd};
 use crate::memory::{Access, BLOCK_PAGES, FaultSource, GuestRam, MemoryError, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS};
 
@@ -34,6 +35,7 @@ pub struct UffdMemory {
     uffds: Vec<Arc<Uffd>>,
     pub(super) access: AccessMap,
     pub(super) blocks: Blocks,
+    slots: Arc<Slots>,
     failed: OnceLock<MemoryError>,
 }
 
@@ -92,6 +94,7 @@ impl UffdMemory {
             blocks: Blocks::new(ram.pages()),
             ram,
             uffds,
+            slots: Arc::default(),
             failed: OnceLock::new(),
         };
         for range in memory.ram.layout().ranges() {
@@ -146,7 +149,7 @@ impl UffdMemory {
     pub fn features(&self) -> Features {
         self.uffds
             .first()
-            .map_or(Features { thread_id: false }, |uffd| uffd.features())
+            .map_or(Features { thread_id: false, moves: false }, |uffd| uffd.features())
     }
 
     /// The first error of any operation; once there is one, the node has to stop.
@@ -293,6 +296,11 @@ impl UffdMemory {
             each(self, first..next)?;
         }
         Ok(())
+    }
+
+    /// Where blocks that go or come whole are on their way.
+    pub fn slots(&self) -> &Arc<Slots> {
+        &self.slots
     }
 
     /// The userfaultfd of a page, and its host address.

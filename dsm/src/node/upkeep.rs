@@ -46,11 +46,22 @@ impl Dsm {
         }
     }
 
-    /// Makes blocks private again that nobody else has asked for in a while.
+    /// Makes blocks private again that nobody else has asked for in a while, and fills slots for blocks that come
+    /// whole while none does.
     fn merge_blocks(&self, after: Duration) {
         let interval = after / (HAND_MOVES * u32::from(QUIET_ROUNDS));
+        let mut came = 0;
         loop {
             std::thread::park_timeout(interval);
+            let slots = match self.lock().as_ref() {
+                Some(State { engine, memory, .. }) => {
+                    let before = std::mem::replace(&mut came, engine.counters().blocks_in);
+                    (before == came && memory.features().moves).then(|| memory.slots().clone())
+                }
+                None => return,
+            };
+            // What the host can't give now it may give the next time.
+            while slots.as_ref().is_some_and(|slots| slots.fill_one().unwrap_or(false)) {}
             let merged = match self.lock().as_mut() {
                 Some(State { engine, memory, cache, .. }) => {
                     let count = memory.blocks().div_ceil(HAND_MOVES);

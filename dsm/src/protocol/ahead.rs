@@ -57,7 +57,8 @@ impl<const W: usize> Engine<W> {
                 && self.access[page as usize] == Access::Invalid
                 && self.geometry.home(page) == home
                 && !self.pending.contains_key(&page)
-                && !self.ahead.contains_key(&page);
+                && !self.ahead.contains_key(&page)
+                && !self.is_block_asked(page);
             if fits {
                 asked |= 1 << n;
                 self.ahead.insert(page, None);

@@ -65,6 +65,10 @@ pub enum Input<const W: usize> {
     Prefetch { pages: Range<u32>, write: bool },
     /// Somebody here is expected to read pages soon: bit n is the nth from `first` on.
     Ahead { first: u32, wanted: u64 },
+    /// Somebody here is expected to read all of the block from `first` on, and more.
+    AheadBlock { first: u32 },
+    /// [`Message::AskBlock`] arrived from `to`, and this node has reasons to keep the block.
+    KeepBlock { to: NodeId, first: u32 },
     /// A message arrived.
     Message { from: NodeId, message: Message<W> },
     /// The machine sends something to another node: leaves after everything the guest did before.
@@ -94,6 +98,8 @@ pub struct Output<const W: usize> {
     pub lost: Vec<NodeId>,
     /// Requests to give pages up that are complete: see [`Input::Free`].
     pub freed: Vec<u32>,
+    /// First pages of blocks that were to be asked for whole and won't come so ([`Input::AheadBlock`]).
+    pub not_given: Vec<u32>,
     /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
     pub want_roots: bool,
 }
@@ -133,6 +139,14 @@ pub struct Counters {
     pub evictions: u64,
     /// Of the pages asked for ahead of need, those home did not give.
     pub prefetches_refused: u64,
+    /// Whole blocks asked for ahead of need.
+    pub blocks_asked: u64,
+    /// Of these, those home did not give.
+    pub blocks_refused: u64,
+    /// Blocks received whole.
+    pub blocks_in: u64,
+    /// Blocks given away whole.
+    pub blocks_out: u64,
     /// Pages received.
     pub pages_in: u64,
     /// Pages sent.
@@ -165,6 +179,9 @@ pub struct Engine<const W: usize> {
     pub(super) pending: BTreeMap<u32, Pending<W>>,
     /// Pages asked for by [`Message::Ask`], and whether somebody waits for them meanwhile: to write?
     pub(super) ahead: BTreeMap<u32, Option<bool>>,
+    /// Blocks asked for by [`Message::AskBlock`], by their first page: the pages that somebody waits for
+    /// meanwhile, and whether to write.
+    pub(super) blocks: BTreeMap<u32, BTreeMap<u32, bool>>,
     pub(super) directory: Directory<W>,
     pub(super) tables: Tables<W>,
     pub(super) fence: Fence<W>,
@@ -183,7 +200,7 @@ pub struct Engine<const W: usize> {
     pub(super) bug: Option<Bug>,
     /// Untouched pages homed here are taken in aligned groups of this many.
     pub(super) zero_group: u32,
-    /// Untouched aligned blocks of this many, homed here, are taken whole.
+    /// Untouched aligned blocks of this many, homed here, are taken whole, and others given whole.
     pub(super) zero_block: u32,
     /// Only ever set by a planted bug.
     #[serde(skip)]
@@ -209,6 +226,7 @@ impl<const W: usize> Engine<W> {
             access,
             pending: BTreeMap::new(),
             ahead: BTreeMap::new(),
+            blocks: BTreeMap::new(),
             tables: Tables::new(image),
             fence: Fence::default(),
             given: BTreeMap::new(),
@@ -226,7 +244,8 @@ impl<const W: usize> Engine<W> {
 
     /// Has the first touch of a page nobody wrote, by its own home, take more along: all of an aligned block
     /// of `block` pages if nobody wrote any of it, else its untouched neighbours in an aligned group of
-    /// `group` (powers of two). Most memory is only ever used at home, and these pages fault no more.
+    /// `group` (powers of two). Most memory is only ever used at home, and these pages fault no more. Blocks
+    /// of more than one page are also what a node may ask for whole: the same on all nodes.
     pub fn take_zeros_by(&mut self, group: u32, block: u32) {
         self.zero_group = group.max(1);
         self.zero_block = block.max(1);
@@ -253,12 +272,12 @@ impl<const W: usize> Engine<W> {
 
     /// Whether this node waits for a page.
     pub fn is_pending(&self, page: u32) -> bool {
-        self.pending.contains_key(&page) || self.ahead.contains_key(&page)
+        self.pending.contains_key(&page) || self.ahead.contains_key(&page) || self.is_block_asked(page)
     }
 
-    /// Requests of this node that are not complete.
+    /// Pages this node has requested that are not here.
     pub fn pending(&self) -> usize {
-        self.pending.len() + self.ahead.len()
+        self.pending.len() + self.ahead.len() + self.blocks.len() * self.zero_block as usize
     }
 
     /// Pages asked for by [`Message::Ask`] that have not come yet.
@@ -268,7 +287,8 @@ impl<const W: usize> Engine<W> {
 
     /// Whether anything waits here for another node.
     pub fn quiet(&self) -> bool {
-        self.pending.is_empty() && self.ahead.is_empty() && self.freeing.is_empty() && self.fence.is_open() && self.directory.quiet()
+        let nothing_asked = self.pending.is_empty() && self.ahead.is_empty() && self.blocks.is_empty();
+        nothing_asked && self.freeing.is_empty() && self.fence.is_open() && self.directory.quiet()
     }
 
     /// Counters since the start.
@@ -310,6 +330,9 @@ impl<const W: usize> Engine<W> {
             Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
             Input::Ahead { first, wanted } => self.ask_ahead(first, wanted, memory, out),
+            Input::AheadBlock { first } => self.ask_block(first, memory, out),
+            Input::KeepBlock { to, .. } if self.gone.contains(to) => {}
+            Input::KeepBlock { to, first } => self.home_ask_block(to, first, false, memory, out)?,
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
             Input::Message { from, message } if !self.gone.contains(from) => self.receive(from, message, memory, out)?,
@@ -336,6 +359,10 @@ impl<const W: usize> Engine<W> {
         if let Some(waits) = self.ahead.get_mut(&page) {
             self.counters.stale_faults += 1;
             *waits = Some(write || *waits == Some(true));
+            return;
+        }
+        if self.await_block(page, write) {
+            self.counters.stale_faults += 1;
             return;
         }
         match (access, write) {
@@ -550,6 +577,8 @@ impl<const W: usize> Engine<W> {
             Message::Given { page, wanted, given, data } => {
                 self.given_ahead(from, page, (wanted, given), &data, memory, out)?;
             }
+            Message::AskBlock { page } => self.home_ask_block(from, page, true, memory, out)?,
+            Message::GivenBlock { page, data } => self.given_block(from, page, data, memory, out)?,
             Message::Recall { page, requester } => {
                 if from != self.geometry.home(page) {
                     return bad("Recall", page);

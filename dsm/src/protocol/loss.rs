@@ -70,6 +70,7 @@ impl<const W: usize> Engine<W> {
                 self.fail(page, out);
             }
         }
+        self.end_blocks(node, out);
         let pages: Vec<u32> = self.pending.keys().copied().collect();
         for page in pages {
             let home = self.geometry.home(page);

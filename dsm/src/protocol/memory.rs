@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::block_data::BlockData;
+
 /// The content of one page: `W` 64-bit words (512 on x86; a few in the model checker).
 pub type PageData<const W: usize> = [u64; W];
 
@@ -73,6 +75,18 @@ pub trait Memory<const W: usize> {
     /// The same for pages in a row.
     fn discard_run(&mut self, pages: Range<u32>) {
         pages.for_each(|page| self.discard(page));
+    }
+    /// Present and writable becomes absent for all pages of a block, and what they held when they could be
+    /// written no more is returned.
+    fn take_out(&mut self, block: Range<u32>) -> BlockData<W> {
+        self.protect_range(block.clone());
+        let data: Vec<PageData<W>> = block.clone().map(|page| *self.read(page)).collect();
+        self.discard_run(block);
+        BlockData::new(data)
+    }
+    /// Absent becomes present and writable for all pages of a block; waiters are woken.
+    fn install_block(&mut self, first: u32, data: BlockData<W>) {
+        self.install_range(first, data.pages(), true);
     }
     /// Lets waiters on a page try again.
     fn wake(&mut self, page: u32);

@@ -6,6 +6,7 @@
 
 use zerocopy::IntoBytes;
 
+use super::block_data::BlockData;
 use super::memory::{PageData, pages, words};
 use super::node_set::NodeSet;
 
@@ -83,6 +84,11 @@ pub enum Message<const W: usize> {
     Ask { page: u32, wanted: u64 },
     /// Home to requester: copies of the pages of `given` to read, in order; none of the others I was asked for.
     Given { page: u32, wanted: u64, given: u64, #[serde(with = "pages")] data: Vec<PageData<W>> },
+    /// Requester to home: I expect to read this whole block, which starts with `page`, and more. Make it mine if
+    /// that costs nobody anything.
+    AskBlock { page: u32 },
+    /// Home to requester: the block is yours, all of it, to write; or it stays where it is.
+    GivenBlock { page: u32, data: Option<BlockData<W>> },
     /// To home: the guest has no use for these pages; tell me when nobody has them any more.
     Free { id: u32, first: u32, count: u32 },
     /// From home: that is done.
@@ -201,6 +207,13 @@ impl<const W: usize> Message<W> {
                 out.extend(count.to_le_bytes());
             }
             Freed { id } => head(out, 26, *id),
+            AskBlock { page } => head(out, 27, *page),
+            GivenBlock { page, data } => {
+                head(out, 28, *page);
+                let pages = data.as_ref().map_or(&[][..], BlockData::pages);
+                out.extend((pages.len() as u32).to_le_bytes());
+                pages.iter().for_each(|words| put_plain_words(out, words));
+            }
             Machine(bytes) => {
                 out.push(16);
                 out.extend(bytes);
@@ -264,6 +277,12 @@ impl<const W: usize> Message<W> {
             22 => Evict { page },
             25 => Free { id: page, first: r.u32()?, count: r.u32()? },
             26 => Freed { id: page },
+            27 => AskBlock { page },
+            28 => {
+                let count = r.u32()?;
+                let data = if count == 0 { None } else { Some(BlockData::new(r.pages::<W>(count)?)) };
+                GivenBlock { page, data }
+            }
             15 => Demoted { page, changes: r.changes()? },
             18 => {
                 let (lost, f) = (r.u16()?, r.u8()?);
@@ -287,7 +306,11 @@ impl<const W: usize> Message<W> {
     pub(super) fn releases(&self) -> bool {
         matches!(
             self,
-            Message::Data { .. } | Message::Given { .. } | Message::InvalidateAck { .. } | Message::Machine(_)
+            Message::Data { .. }
+                | Message::Given { .. }
+                | Message::GivenBlock { data: Some(_), .. }
+                | Message::InvalidateAck { .. }
+                | Message::Machine(_)
         )
     }
 
@@ -299,6 +322,7 @@ impl<const W: usize> Message<W> {
             self,
             Data { .. }
                 | Given { .. }
+                | GivenBlock { .. }
                 | Grant { .. }
                 | Fetch { .. }
                 | Invalidate { .. }
@@ -318,7 +342,7 @@ impl<const W: usize> Message<W> {
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
-            Ask { page, .. } | Given { page, .. } => Some(page),
+            Ask { page, .. } | Given { page, .. } | AskBlock { page } | GivenBlock { page, .. } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
         }
     }
@@ -400,7 +424,7 @@ impl Reader<'_> {
     }
 
     fn pages<const W: usize>(&mut self, count: u32) -> Result<Vec<PageData<W>>, Malformed> {
-        let len = count as usize * W * 8;
+        let len = (count as usize).checked_mul(W * 8).ok_or(Malformed)?;
         let (bytes, rest) = self.0.split_at_checked(len).ok_or(Malformed)?;
         self.0 = rest;
         Ok(bytes.chunks_exact(W * 8).map(plain_words).collect())
@@ -469,6 +493,9 @@ mod tests {
             Ask { page: 9, wanted: 0b101 },
             Given { page: 9, wanted: 0b101, given: 0b100, data: vec![[3, 4]] },
             Given { page: 9, wanted: 3, given: 3, data: vec![[3, 4], [5, 6]] },
+            AskBlock { page: 512 },
+            GivenBlock { page: 512, data: None },
+            GivenBlock { page: 512, data: Some(BlockData::new(vec![[3, 4], [5, 6]])) },
             Free { id: 5, first: 512, count: 1024 },
             Freed { id: 5 },
             Machine(b"anything".to_vec()),

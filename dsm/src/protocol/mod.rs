@@ -10,6 +10,7 @@
 //! ARCHITECTURE.md holds the argument: states, invariants, and why replicated tables are sound.
 
 mod ahead;
+mod block_data;
 mod directory;
 mod engine;
 mod evict;
@@ -27,8 +28,10 @@ mod place;
 pub mod pte;
 mod state;
 mod tables;
+mod whole;
 
 pub use ahead::MOST_AHEAD;
+pub use block_data::{BlockData, BlockMemory};
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
@@ -53,4 +56,6 @@ pub enum Bug {
     KeepWhileUpgrading,
     /// The acknowledgement of a sharer that is lost is waited for.
     AwaitLostSharer,
+    /// Home reads a block it gives away before it is frozen, not after.
+    BlockBeforeFreeze,
 }

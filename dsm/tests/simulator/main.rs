@@ -60,10 +60,12 @@ fn all_hold(name: &str, losses: bool) {
         sum.faults += figures.faults;
         sum.messages += figures.messages;
         sum.failed += figures.failed;
+        sum.blocks += figures.blocks;
         sum.chain = sum.chain.max(figures.chain);
     }
-    println!("{name}: {RUNS} runs, {} faults, {} messages, {} failed", sum.faults, sum.messages, sum.failed);
+    println!("{name}: {RUNS} runs, {} faults, {} messages, {} blocks, {} failed", sum.faults, sum.messages, sum.blocks, sum.failed);
     assert!(sum.faults > 100 * RUNS, "the load does nothing");
+    assert!(sum.blocks > 50, "blocks stay where they are");
     assert_eq!(sum.failed > 0, losses);
     assert!(losses || sum.chain == 3, "{} messages on the critical path of a fault", sum.chain);
 }
@@ -94,6 +96,7 @@ fn planted_bugs_are_found() {
         (Bug::DoneNotAwaited, false),
         (Bug::KeepWhileUpgrading, false),
         (Bug::AwaitLostSharer, true),
+        (Bug::BlockBeforeFreeze, false),
     ];
     for (bug, losses) in bugs {
         let found = (0..RUNS).find_map(|seed| {

@@ -53,6 +53,8 @@ pub struct Figures {
     /// Most invalidations sent by one node in one step.
     pub burst: usize,
     pub directory_bytes: usize,
+    /// Blocks that went whole from one node to another.
+    pub blocks: u64,
     pub failed: usize,
 }
 
@@ -62,6 +64,7 @@ enum Op {
     Store(u32, usize),
     Prefetch(u32, u32, bool),
     Evict(u32),
+    Block(u32),
     Send(usize),
 }
 
@@ -279,6 +282,7 @@ impl World {
         for node in self.living() {
             let count = self.engines[node].counters();
             self.figures.faults += count.read_faults + count.write_faults + count.upgrade_faults;
+            self.figures.blocks += count.blocks_in;
             self.figures.directory_bytes += self.engines[node].directory_bytes();
         }
     }
@@ -356,6 +360,7 @@ impl World {
         match self.rng.u8(..100) {
             kind if kind < self.plan.stores => Op::Store(page, word),
             92..96 => Op::Evict(page),
+            86..92 => Op::Block(page - page % self.plan.zero_block),
             96..98 => {
                 let end = (page + self.rng.u32(1..5)).min(self.plan.pages * self.plan.nodes as u32);
                 Op::Prefetch(page, end, self.rng.bool())
@@ -393,6 +398,10 @@ impl World {
             }
             Op::Evict(page) => {
                 self.step(node, Input::Evict(vec![page]));
+                Ok(())
+            }
+            Op::Block(first) => {
+                self.step(node, Input::AheadBlock { first });
                 Ok(())
             }
             Op::Send(to) => {
@@ -450,6 +459,7 @@ impl World {
         }
         let failed = std::mem::take(&mut out.failed);
         out.lost.clear();
+        out.not_given.clear();
         self.out = out;
         for &page in &failed {
             self.depths.remove(&(node, page));

@@ -4,8 +4,9 @@ use super::Bench;
 use super::guest::{ARENA, Job, Touch};
 use super::node::SHARE;
 
-/// Read at a time: 32 MiB.
+/// Read at a time: 32 MiB, and once 128 MiB.
 const PAGES: u64 = 8192;
+const MANY_PAGES: u64 = 32768;
 const STRIDE: u64 = 4;
 const BASE: u64 = SHARE + ARENA;
 
@@ -41,27 +42,32 @@ impl Bench {
 struct Scan {
     name: &'static str,
     job: Job,
+    /// Pages from the first to the last.
+    pages: u64,
     /// Pages are asked for ahead of need.
     ahead: bool,
     moved: Moved,
     faults: u64,
+    /// Blocks that came whole.
+    blocks: u64,
 }
 
 impl Scan {
-    fn new(name: &'static str, stride: u64, ahead: bool) -> Self {
-        let job = Job::strided(Touch::Scan, BASE, PAGES / stride, stride);
-        Scan { name, job, ahead, moved: Moved::default(), faults: 0 }
+    fn new(name: &'static str, pages: u64, stride: u64, ahead: bool) -> Self {
+        let job = Job::strided(Touch::Scan, BASE, pages / stride, stride);
+        Scan { name, job, pages, ahead, moved: Moved::default(), faults: 0, blocks: 0 }
     }
 
     fn run(&mut self, bench: &mut Bench) -> anyhow::Result<()> {
         // The owner writes its pages again, so that it alone has them.
-        bench.peer.run(Job::forward(Touch::Fill, BASE, PAGES))?;
+        bench.peer.run(Job::forward(Touch::Fill, BASE, self.pages))?;
         bench.node.dsm.read_ahead(self.ahead);
         let before = bench.counters();
         self.moved.add(self.job.count, bench.took(self.job)?);
         let after = bench.counters();
         bench.node.dsm.read_ahead(true);
         self.faults += after.read_faults - before.read_faults;
+        self.blocks += after.blocks_in - before.blocks_in;
         Ok(())
     }
 }
@@ -69,10 +75,11 @@ impl Scan {
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut bare = Moved::default();
     let mut scans = [
-        Scan::new("sequential", 1, true),
-        Scan::new("sequential, no prefetch", 1, false),
-        Scan::new("strided", STRIDE, true),
-        Scan::new("strided, no prefetch", STRIDE, false),
+        Scan::new("sequential", PAGES, 1, true),
+        Scan::new("sequential, no prefetch", PAGES, 1, false),
+        Scan::new("sequential, 128 MiB", MANY_PAGES, 1, true),
+        Scan::new("strided", PAGES, STRIDE, true),
+        Scan::new("strided, no prefetch", PAGES, STRIDE, false),
     ];
     let rounds = bench.rounds.div_ceil(2);
     let mut present = Moved::default();
@@ -81,20 +88,23 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let (from, to) = times.first().copied().unwrap_or_default();
         present.add(PAGES, (to - from) as f64 / bench.node.ticks_per_us());
         for scan in &mut scans {
-            bare.add(PAGES, bench.network.stream(PAGES * 4096)?.as_secs_f64() * 1e6);
+            bare.add(scan.pages, bench.network.stream(scan.pages * 4096)?.as_secs_f64() * 1e6);
             scan.run(bench)?;
         }
     }
     let figures = &bench.figures;
     let transport = bench.transport.name();
-    figures.section(&format!("Reading 32 MiB of the other node's memory; the floor is what {transport} carries"));
+    figures.section(&format!("Reading the other node's memory; the floor is what {transport} carries"));
     figures.plain(&format!("bare {transport} stream"), bare.rate(), "MB/s");
     figures.plain("guest reading pages that are here", present.rate(), "MB/s");
-    for Scan { name, job, moved, faults, .. } in &scans {
+    for Scan { name, job, moved, faults, blocks, .. } in &scans {
         figures.floor(name, moved.rate(), "MB/s", bare.rate());
         figures.plain(&format!("{name}, faults"), *faults as f64 / (rounds * job.count) as f64, "a page");
+        figures.plain(&format!("{name}, in whole blocks"), *blocks as f64 * 512.0 / (rounds * job.count) as f64, "of the pages");
     }
     let (accuracy, counters) = (bench.node.dsm.accuracy(), bench.counters());
+    figures.plain("whole blocks asked for", counters.blocks_asked as f64, "blocks");
+    figures.plain("of those not given", counters.blocks_refused as f64, "blocks");
     figures.plain("pages asked for ahead of need", counters.prefetches as f64, "pages");
     figures.plain("of those not given", counters.prefetches_refused as f64, "pages");
     figures.plain("of those used", accuracy.used as f64, "pages");

@@ -93,6 +93,12 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
             c.prefetches, c.prefetches_refused, ahead.used, ahead.wasted
         );
         figures["read_ahead"] = json!(ahead);
+        let lending = dsm.map(Dsm::lending).unwrap_or_default();
+        line += &format!(
+            "; whole blocks: {} asked for ({} not given), {} given ({} of them wanted back, {} of those soon), {} kept for that",
+            c.blocks_asked, c.blocks_refused, lending.given, lending.wanted_back, lending.contested, lending.kept
+        );
+        figures["lending"] = json!(lending);
         let waited = dsm.map(Dsm::waited).unwrap_or_default();
         let mean_us = waited.total.as_secs_f64() * 1e6 / waited.faults.max(1) as f64;
         line += &format!("; a fault took {mean_us:.0} us on average");

@@ -69,6 +69,22 @@ fn pages_fetched_ahead_survive_the_loss_of_any_node() {
 }
 
 #[test]
+fn blocks_asked_for_whole_survive_the_loss_of_any_node() {
+    for homes in [&[2, 0, 0][..], &[0, 2, 0], &[0, 0, 2]] {
+        let mut world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0)]),
+                Cpu::new(1, &[AheadBlock(X), Load(X, 0), Store(Y, 1, 1)]),
+                Cpu::new(2, &[AheadBlock(X), Store(Y, 0, 1)]),
+            ],
+        );
+        world.take_zeros_by(1, 2);
+        holds("blocks asked for whole, and a loss", world.losing(ANY), 0, ends);
+    }
+}
+
+#[test]
 fn a_lost_sharers_acknowledgement_awaited_is_caught() {
     let cpus = (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0)])).collect();
     is_caught("a lost sharer awaited", data(&[1, 0, 0], cpus).losing(&[2]), Bug::AwaitLostSharer, 0, ends);

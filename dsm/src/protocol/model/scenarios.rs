@@ -227,6 +227,71 @@ fn pages_asked_for_ahead_pass_messages_in_order() {
     }
 }
 
+/// Both nodes read and write the pages of a block while one of them, or both, ask for it whole.
+#[test]
+fn blocks_asked_for_whole_are_as_coherent() {
+    for homes in [&[2, 0][..], &[0, 2], &[2, 0, 0]] {
+        for write_first in [true, false] {
+            let second = if write_first { Store(Y, 1, 1) } else { Load(X, 1) };
+            let mut world = data(
+                homes,
+                vec![
+                    Cpu::new(0, &[Store(X, 0, 1), AheadBlock(X), Load(Y, 0), Store(Y, 1, 1)]),
+                    Cpu::new(1, &[second, AheadBlock(X), Store(Y, 0, 1), Load(X, 0)]),
+                ],
+            );
+            world.take_zeros_by(1, 2);
+            holds("a block asked for whole", world, 1, |w| {
+                let last = w.cpus[1].results.last();
+                require(w.cpus[0].results != [0] || last != Some(&0), || "both loads missed both stores".into())?;
+                require((w.value(X, 0), w.value(Y, 0), w.value(Y, 1)) == (1, 1, 1), || "a store is lost".into())
+            });
+        }
+    }
+}
+
+/// Home writes, two others stream, one of them writes, copies are evicted and the block is asked for again.
+#[test]
+fn blocks_that_are_asked_for_again_lose_no_increment() {
+    let mut world = data(
+        &[2, 0, 0],
+        vec![
+            Cpu::new(0, &[Increment(X, 0), Increment(Y, 0)]),
+            Cpu::new(1, &[AheadBlock(X), Increment(X, 0), Evict(Y)]),
+            Cpu::new(2, &[AheadBlock(X), Increment(Y, 0)]),
+        ],
+    );
+    world.take_zeros_by(1, 2);
+    holds("a block asked for again", world, 0, |w| {
+        require((w.value(X, 0), w.value(Y, 0)) == (2, 2), || format!("{} and {} of 2 each", w.value(X, 0), w.value(Y, 0)))
+    });
+}
+
+#[test]
+fn blocks_asked_for_whole_pass_messages_in_order() {
+    for homes in [&[2, 0, 0][..], &[0, 2, 0], &[0, 0, 2]] {
+        let mut world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]),
+                Cpu::new(1, &[AheadBlock(X), Wait(Y, 0, 1), Load(X, 0)]),
+                Cpu::new(2, &[AheadBlock(X), Load(Y, 0)]),
+            ],
+        );
+        world.take_zeros_by(1, 2);
+        holds("a block asked for whole, message passing", world, 0, |w| {
+            require(w.cpus[1].results[0] == 1, || "flag seen, data not".into())
+        });
+    }
+}
+
+#[test]
+fn a_block_read_before_it_is_frozen_is_caught() {
+    let mut world = data(&[2, 0], vec![Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]), Cpu::new(1, &[AheadBlock(X), Load(Y, 0)])]);
+    world.take_zeros_by(1, 2);
+    is_caught("a block before it is frozen", world, Bug::BlockBeforeFreeze, 1, |_| Ok(()));
+}
+
 #[test]
 fn pages_fetched_together_and_taken_beside_others_are_as_coherent() {
     for homes in [&[2, 0][..], &[0, 2], &[3, 0]] {
@@ -351,6 +416,21 @@ fn a_table_change_is_in_place_before_the_page_that_tells_of_it() {
             &[&[Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]],
         );
         holds("table change, then page", world, 3, published);
+    }
+}
+
+#[test]
+fn a_table_change_is_in_place_before_the_block_that_tells_of_it() {
+    for homes in [&[6, 0][..], &[0, 6], &[6, 0, 0]] {
+        let signal: &[Op] = &[Store(TABLE, 1, NEW), Store(FLAG, 0, 1)];
+        let wait: &[Op] = &[AheadBlock(FLAG), Wait(FLAG, 0, 1), Walk(ROOT, PATH)];
+        let programs = [signal, wait, &[]];
+        let mut world = warmed(homes, &programs[..homes.len()]);
+        world.take_zeros_by(1, 2);
+        holds("table change, then block", world, 2, |w| {
+            let last = w.cpus[1].results.last().copied();
+            require(last == Some(NEW), || format!("the walk after the signal found {last:x?}"))
+        });
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Op {
     Evict(u32),
     /// Asks for pages ahead of need: the first, and which from there on.
     Ahead(u32, u64),
+    /// Asks for a whole block ahead of need.
+    AheadBlock(u32),
     /// Gives a page up; the CPU is interrupted when that is done.
     Free(u32),
     /// Interrupts a CPU.
@@ -115,6 +117,7 @@ enum Tried {
     Prefetch(u32, u32, bool),
     Evict(u32),
     Ahead(u32, u64),
+    AheadBlock(u32),
     Free(u32),
     Waiting,
 }
@@ -281,6 +284,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                 }
             }
             Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted)),
+            Op::AheadBlock(first) => return Err(Tried::AheadBlock(first)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
             Op::Free(page) => return Err(Tried::Free(page)),
@@ -442,6 +446,10 @@ impl World {
                     Tried::Ahead(first, wanted) => {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Ahead { first, wanted }, intrusion)
+                    }
+                    Tried::AheadBlock(first) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::AheadBlock { first }, intrusion)
                     }
                     Tried::Free(page) => {
                         self.cpus[c].at += 1;

@@ -1,0 +1,139 @@
+//! Which blocks this node, their home, does not give away whole for now. Pure: time is told.
+//!
+//! A block given to a reader is lost to its home, page by page a fault until it has come back. So a block that is
+//! wanted back soon after it went stays for a while the next time it is asked for, longer each time. Soon is
+//! different for reads and writes: had the reader been given copies, home would read on without a fault, but
+//! its writes would be faults in any case. That a block can't be given again before home alone has all of it
+//! bounds the rest.
+
+use std::collections::BTreeMap;
+
+/// A read this soon (us) tells that home still uses what it gave.
+const READ_SOON: u64 = 1_000_000;
+/// A write this soon.
+const WRITE_SOON: u64 = 5_000;
+/// How long a block stays after the first time (us), and how often that doubles.
+const STAY: u64 = 1_000_000;
+const DOUBLINGS: u8 = 6;
+/// Blocks remembered; the one given the longest time ago is forgotten.
+const MOST: usize = 1024;
+
+/// What happened to blocks that were given whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct LendingCounters {
+    /// Given whole.
+    pub given: u64,
+    /// Of those, wanted back at all.
+    pub wanted_back: u64,
+    /// Of those, wanted back soon.
+    pub contested: u64,
+    /// Blocks asked for that stayed because of that.
+    pub kept: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Lent {
+    at: u64,
+    /// Somebody has wanted a page of it since.
+    back: bool,
+    times: u8,
+    until: u64,
+}
+
+/// Blocks that were given whole, by number.
+#[derive(Debug, Default)]
+pub struct Lending {
+    blocks: BTreeMap<u32, Lent>,
+    counters: LendingCounters,
+}
+
+impl Lending {
+    /// The block was given whole at `now` (us).
+    pub fn given(&mut self, block: u32, now: u64) {
+        self.counters.given += 1;
+        if self.blocks.len() >= MOST && !self.blocks.contains_key(&block) {
+            let oldest = self.blocks.iter().min_by_key(|(_, lent)| lent.at).map(|(block, _)| *block);
+            oldest.map(|block| self.blocks.remove(&block));
+        }
+        let lent = self.blocks.entry(block).or_default();
+        (lent.at, lent.back) = (now, false);
+    }
+
+    /// Somebody wants a page of the block that who has it must give up or share.
+    pub fn wanted(&mut self, block: u32, write: bool, now: u64) {
+        let Some(lent) = self.blocks.get_mut(&block).filter(|lent| !lent.back) else { return };
+        lent.back = true;
+        self.counters.wanted_back += 1;
+        if now.saturating_sub(lent.at) >= if write { WRITE_SOON } else { READ_SOON } {
+            lent.times = 0;
+            return;
+        }
+        self.counters.contested += 1;
+        lent.until = now.saturating_add(STAY << lent.times);
+        lent.times = (lent.times + 1).min(DOUBLINGS);
+    }
+
+    /// Whether the block stays, although somebody asks for it.
+    pub fn keeps(&mut self, block: u32, now: u64) -> bool {
+        let keeps = self.blocks.get(&block).is_some_and(|lent| now < lent.until);
+        self.counters.kept += u64::from(keeps);
+        keeps
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> LendingCounters {
+        self.counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wanted_back_soon_stays_longer_each_time() {
+        let mut lending = Lending::default();
+        let mut now = 1_000_000_000;
+        for stay in [1, 2, 4, 8, 16, 32, 64, 64].map(|times| times * STAY) {
+            assert!(!lending.keeps(7, now));
+            lending.given(7, now);
+            lending.wanted(7, false, now + READ_SOON - 1);
+            // Only the first tells how soon it was.
+            lending.wanted(7, true, now + READ_SOON - 1);
+            now += READ_SOON - 1;
+            assert!(lending.keeps(7, now + stay - 1) && !lending.keeps(8, now));
+            now += stay;
+        }
+        assert!(!lending.keeps(7, now));
+        lending.given(7, now);
+        lending.wanted(7, false, now + READ_SOON);
+        assert!(!lending.keeps(7, now + READ_SOON));
+        lending.given(7, now);
+        lending.wanted(7, false, now + 1);
+        assert!(lending.keeps(7, now + STAY) && !lending.keeps(7, now + 1 + STAY), "forgiven");
+        let expected = LendingCounters { given: 10, wanted_back: 10, contested: 9, kept: 9 };
+        assert_eq!(lending.counters(), expected);
+    }
+
+    #[test]
+    fn a_write_may_come_sooner_than_a_read() {
+        let mut lending = Lending::default();
+        lending.given(1, 0);
+        lending.wanted(1, true, WRITE_SOON);
+        assert!(!lending.keeps(1, WRITE_SOON));
+        lending.given(1, WRITE_SOON);
+        lending.wanted(1, true, 2 * WRITE_SOON - 1);
+        assert!(lending.keeps(1, 2 * WRITE_SOON));
+    }
+
+    #[test]
+    fn few_are_remembered() {
+        let mut lending = Lending::default();
+        for block in 0..2 * MOST as u32 {
+            lending.given(block, u64::from(block));
+            lending.wanted(block, false, u64::from(block));
+        }
+        assert_eq!(lending.blocks.len(), MOST);
+        assert!(!lending.keeps(0, 0) && lending.keeps(2 * MOST as u32 - 1, 0));
+    }
+}

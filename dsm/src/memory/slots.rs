@@ -1,0 +1,211 @@
+//! Buffers for blocks that go whole from one node to another.
+//!
+//! A slot has room for one block and is a huge page if the host has one: its memory itself can become guest
+//! memory (UFFDIO_MOVE), as one huge page. Slots are used again and again, what was sent from one is the
+//! landing place of another block; their addresses stay reserved until the process ends. Some are filled with
+//! memory beside the work: to find a huge page and to clear it takes longer than to receive it, and where the
+//! host is a virtual machine itself that has not touched the memory before, ten times as long.
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::memory::ram::{HUGE_PAGE, advise, map};
+use crate::memory::{BLOCK_PAGES, MemoryError, PAGE_WORDS};
+use crate::protocol::{BlockMemory, PageData};
+
+/// Slots that have memory while they are not in use: 32 MiB.
+const KEPT: usize = 16;
+
+/// Bytes of a block.
+pub const BLOCK_BYTES: usize = HUGE_PAGE as usize;
+
+/// The slots of one node.
+#[derive(Debug, Default)]
+pub struct Slots(Mutex<Free>);
+
+/// Those that are not in use.
+#[derive(Debug, Default)]
+struct Free {
+    with_memory: Vec<Address>,
+    without: Vec<Address>,
+}
+
+/// Where a slot is.
+#[derive(Debug)]
+struct Address(NonNull<u8>);
+
+// SAFETY: the address of a mapping that lives as long as the process; whoever has the value has the memory.
+unsafe impl Send for Address {}
+// SAFETY: through a shared reference it is only read.
+unsafe impl Sync for Address {}
+
+/// Room for the content of one block.
+#[derive(Debug)]
+pub struct Slot {
+    address: Address,
+    /// Its memory has become guest memory, or has been: there is not one huge page in it.
+    moved: bool,
+    slots: Arc<Slots>,
+}
+
+impl Slots {
+    /// A slot with anything in it.
+    ///
+    /// # Errors
+    /// The host would not map more memory.
+    pub fn take(self: &Arc<Self>) -> Result<Slot, MemoryError> {
+        let free = {
+            let mut free = self.lock();
+            free.with_memory.pop().or_else(|| free.without.pop())
+        };
+        let address = match free {
+            Some(address) => address,
+            None => new_slot()?,
+        };
+        Ok(Slot { address, moved: false, slots: Arc::clone(self) })
+    }
+
+    /// A slot that holds the very memory of the block at `host`, where nothing is left: one request, whatever the
+    /// block consists of. `None`: the kernel can't, and nothing changed.
+    ///
+    /// # Safety
+    /// `host` must be a whole block of guest memory, which nobody refers to but by atomics, and whoever touches it
+    /// from now on must be ready to find it absent.
+    ///
+    /// # Errors
+    /// The host would not map more memory.
+    pub unsafe fn take_over(self: &Arc<Self>, host: u64) -> Result<Option<Slot>, MemoryError> {
+        let free = self.lock().without.pop();
+        let address = match free {
+            Some(address) => address,
+            None => new_slot()?,
+        };
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let (from, to, len) = (host as *mut libc::c_void, address.0.as_ptr().cast::<libc::c_void>(), BLOCK_BYTES);
+        // SAFETY: what is replaced at `to` is a mapping of our own that nobody else knows of; the caller vouches for
+        // the other end, which stays mapped.
+        if unsafe { libc::mremap(from, len, len, flags, to) } == libc::MAP_FAILED {
+            // Whether there is still a mapping is not known, so this address is not used again.
+            return Ok(None);
+        }
+        // Small pages perhaps: no landing place.
+        Ok(Some(Slot { address, moved: true, slots: Arc::clone(self) }))
+    }
+
+    /// Fills one of the slots that wait for memory. `false`: enough have some, or the host has none now.
+    ///
+    /// # Errors
+    /// The host would not map more memory.
+    pub fn fill_one(&self) -> Result<bool, MemoryError> {
+        let free = {
+            let mut free = self.lock();
+            if free.with_memory.len() >= KEPT {
+                return Ok(false);
+            }
+            free.without.pop()
+        };
+        let address = match free {
+            Some(address) => address,
+            None => new_slot()?,
+        };
+        // Meanwhile nobody else knows of it.
+        let filled = advise(address.0, HUGE_PAGE, libc::MADV_POPULATE_WRITE, "MADV_POPULATE_WRITE", true).is_ok();
+        let mut free = self.lock();
+        if filled { free.with_memory.push(address) } else { free.without.push(address) }
+        Ok(filled)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Free> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An address for one more, without memory.
+fn new_slot() -> Result<Address, MemoryError> {
+    let host = map(HUGE_PAGE)?;
+    advise(host, HUGE_PAGE, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE", true)?;
+    advise(host, HUGE_PAGE, libc::MADV_DONTDUMP, "MADV_DONTDUMP", false)?;
+    advise(host, HUGE_PAGE, libc::MADV_DONTFORK, "MADV_DONTFORK", false)?;
+    Ok(Address(host))
+}
+
+impl Slot {
+    /// All of it.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: BLOCK_BYTES of a private mapping that stays mapped, readable and writable; the slot is the
+        // only one to know of it. Any content is valid, also the zeros that are left after a move.
+        unsafe { std::slice::from_raw_parts_mut(self.address.0.as_ptr(), BLOCK_BYTES) }
+    }
+
+    /// The same as pages.
+    pub fn pages_mut(&mut self) -> &mut [PageData<PAGE_WORDS>] {
+        // SAFETY: as above; the mapping is aligned to more than a page.
+        unsafe { std::slice::from_raw_parts_mut(self.address.0.as_ptr().cast(), BLOCK_PAGES as usize) }
+    }
+}
+
+impl BlockMemory<PAGE_WORDS> for Slot {
+    fn pages(&self) -> &[PageData<PAGE_WORDS>] {
+        // SAFETY: as in `pages_mut`. The kernel moves the memory away only for `UffdMemory::install_block`, which
+        // has the block itself, so no reference to its content exists.
+        unsafe { std::slice::from_raw_parts(self.address.0.as_ptr().cast(), BLOCK_PAGES as usize) }
+    }
+
+    fn movable(&self) -> Option<u64> {
+        Some(self.address.0.as_ptr() as u64)
+    }
+
+    fn moved(&mut self) {
+        self.moved = true;
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut free = self.slots.lock();
+        if !self.moved && free.with_memory.len() < KEPT {
+            return free.with_memory.push(Address(self.address.0));
+        }
+        drop(free);
+        // A refusal would only mean that it keeps its memory.
+        let _ = advise(self.address.0, HUGE_PAGE, libc::MADV_DONTNEED, "MADV_DONTNEED", true);
+        self.slots.lock().without.push(Address(self.address.0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_apart_and_come_again() {
+        let slots = Arc::new(Slots::default());
+        let (mut one, mut other) = (slots.take().unwrap(), slots.take().unwrap());
+        one.bytes_mut().fill(1);
+        other.pages_mut().fill([2; PAGE_WORDS]);
+        assert!(one.pages().iter().all(|page| *page == [0x0101_0101_0101_0101; PAGE_WORDS]));
+        let address = one.movable();
+        assert_eq!(address.unwrap() % HUGE_PAGE, 0);
+        drop(one);
+        let mut again = slots.take().unwrap();
+        assert_eq!(again.movable(), address);
+        again.moved();
+        drop(again);
+        other.pages_mut()[0][0] = 2;
+        drop(other);
+        assert_ne!(slots.take().unwrap().movable(), address, "one with memory comes first");
+        other = slots.take().unwrap();
+        assert_eq!(other.bytes_mut()[..8], [2, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((0..2 * KEPT).filter(|_| slots.fill_one().unwrap()).count(), KEPT);
+    }
+
+    #[test]
+    fn few_keep_their_memory() {
+        let slots = Arc::new(Slots::default());
+        let mut many: Vec<Slot> = (0..KEPT + 2).map(|_| slots.take().unwrap()).collect();
+        many.iter_mut().for_each(|slot| slot.bytes_mut()[0] = 7);
+        drop(many);
+        let again: Vec<Slot> = (0..KEPT + 2).map(|_| slots.take().unwrap()).collect();
+        assert_eq!(again.iter().filter(|slot| slot.pages()[0][0] == 7).count(), KEPT);
+    }
+}

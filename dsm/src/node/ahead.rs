@@ -1,0 +1,190 @@
+//! Pages and blocks asked for ahead of streams, and blocks on their way.
+//!
+//! A block is more than a frame may have, and too much to be copied as a message: it goes as pieces of its own
+//! class straight out of its slot, and lands in another one. Behind its last piece it is the message of the
+//! protocol, in its place among the others.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use zerocopy::IntoBytes;
+
+use super::{BLOCK, Dsm, DsmError, State};
+use crate::memory::{BLOCK_BYTES, BLOCK_PAGES, Landing, PAGE_WORDS};
+use crate::protocol::{BlockData, Input, MOST_AHEAD, Malformed, Message, NodeId};
+use crate::transport::Body;
+
+/// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
+/// are still being read, and a fault waits behind so many pages at most.
+const AHEAD_AT_ONCE: usize = 16;
+/// Pages of streams that may be under way at a time: enough for the wire, and the most that a fault waits behind.
+const AHEAD_UNDER_WAY: usize = 64;
+/// Whole blocks that may be: while one is filled and put in place the next is on the wire.
+const BLOCKS_UNDER_WAY: usize = 2;
+
+/// Bytes of a piece of a block.
+const PIECE: usize = 128 << 10;
+/// The block's first page and the piece's offset before it.
+const PIECE_HEAD: usize = 8;
+
+/// Blocks of which a part has come, by the peer: first page and content.
+pub(super) type Landings = HashMap<usize, (u32, Landing)>;
+
+/// What streams have still to ask for. Blocks go behind pages, which somebody reads sooner.
+#[derive(Debug, Default)]
+pub(super) struct Asks {
+    /// The first page, and a bit for each.
+    pages: VecDeque<(u32, u64)>,
+    /// The first page of each.
+    blocks: VecDeque<u32>,
+}
+
+impl Asks {
+    /// How many pages that is.
+    fn count(&self) -> u32 {
+        self.pages.iter().map(|(_, wanted)| wanted.count_ones()).sum::<u32>() + self.blocks.len() as u32 * BLOCK_PAGES
+    }
+
+    /// A block by the page instead of whole, before all else.
+    pub(super) fn not_whole(&mut self, first: u32) {
+        for offset in (0..BLOCK_PAGES).step_by(AHEAD_AT_ONCE).rev() {
+            self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1));
+        }
+    }
+
+    /// What to ask for next, with so many pages and blocks under way.
+    fn next(&mut self, pages: usize, blocks: usize) -> Option<Input<PAGE_WORDS>> {
+        if pages + AHEAD_AT_ONCE <= AHEAD_UNDER_WAY {
+            if let Some((first, wanted)) = self.pages.pop_front() {
+                return Some(Input::Ahead { first, wanted });
+            }
+        }
+        let first = if self.pages.is_empty() && blocks < BLOCKS_UNDER_WAY { self.blocks.pop_front() } else { None };
+        first.map(|first| Input::AheadBlock { first })
+    }
+}
+
+impl State {
+    /// How many pages may be asked for ahead of need, and pages of a block that may be asked for whole, if any.
+    fn may_ask(&self, page: u32) -> (u32, u32) {
+        // Nothing is evicted for pages that may never be read.
+        let asked = self.engine.pending() as u32 + self.asks.count();
+        let room = self.cache.limit().saturating_sub(self.memory.copies()).saturating_sub(asked);
+        (room, if self.memory.takes_block(page / BLOCK_PAGES) { BLOCK_PAGES } else { 0 })
+    }
+}
+
+impl Dsm {
+    /// A thread is about to have a read fault: if that is where a long stream enters a block, all of it is asked for.
+    pub(super) fn enter_block(&self, thread: u32, page: u32) {
+        let enters = self.lock().as_ref().is_some_and(|state| {
+            let (room, block) = state.may_ask(page);
+            state.predictor.wants_block(thread, page, room, block)
+        });
+        if enters {
+            self.step(self.me, Input::AheadBlock { first: page - page % BLOCK_PAGES });
+        }
+    }
+
+    /// Sees to it that what a thread is going to read next is asked for, if its faults show that. The fault
+    /// itself, which somebody waits for, has been asked for before.
+    pub(super) fn follow(&self, thread: u32, page: u32) {
+        if let Some(state) = self.lock().as_mut() {
+            let (room, block) = state.may_ask(page);
+            let mut wanted = state.predictor.fault(thread, page, room, block);
+            // Streams go either way.
+            wanted.pages.sort_unstable();
+            let mut rest = &wanted.pages[..];
+            while let Some(&first) = rest.first() {
+                let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
+                let bits = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
+                state.asks.pages.push_back((first, bits));
+                rest = &rest[some..];
+            }
+            state.asks.blocks.extend(wanted.blocks);
+        }
+        self.ask_ahead();
+    }
+
+    /// Asks for pages of streams, as far as enough of those asked for before have come.
+    pub(super) fn ask_ahead(&self) {
+        loop {
+            let next = self.lock().as_mut().and_then(|State { engine, asks, .. }| asks.next(engine.asked_ahead(), engine.asked_blocks()));
+            match next {
+                Some(input) => self.step(self.me, input),
+                None => return,
+            };
+        }
+    }
+
+    /// Sends a block in pieces. An error is as for any message.
+    pub(super) fn send_block(&self, to: usize, page: u32, data: BlockData<PAGE_WORDS>) {
+        let len = data.pages().as_bytes().len();
+        let body: Body = Arc::new(Leaving(data));
+        for offset in (0..len).step_by(PIECE) {
+            let mut head = [0; PIECE_HEAD];
+            head[..4].copy_from_slice(&page.to_le_bytes());
+            head[4..].copy_from_slice(&(offset as u32).to_le_bytes());
+            if let Err(error) = self.transport.send_from(to, BLOCK, &head, &body, offset..offset + PIECE) {
+                tracing::debug!(%error, "a block was not sent");
+                return;
+            }
+        }
+    }
+
+    /// A piece of a block has come. The blocks of one peer come one after the other.
+    pub(super) fn block_piece(&self, peer: usize, payload: &[u8]) {
+        let landed = match self.land(peer, payload) {
+            Ok(landed) => landed,
+            Err(error) => return self.fail(error),
+        };
+        if let Some((page, data)) = landed {
+            let message = Message::GivenBlock { page, data: Some(data) };
+            self.step(peer, Input::Message { from: peer as NodeId, message });
+        }
+    }
+
+    fn landings(&self) -> MutexGuard<'_, Landings> {
+        self.landings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn land(&self, peer: usize, payload: &[u8]) -> Result<Option<Landed>, DsmError> {
+        let malformed = DsmError::Malformed { from: peer, reason: Malformed };
+        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else { return Err(malformed) };
+        let [a, b, c, d, e, f, g, h] = *head;
+        let (page, offset) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]) as usize);
+        let landing = self.landings().remove(&peer);
+        let mut landing = match landing {
+            Some((of, landing)) if of == page && offset > 0 => landing,
+            None if offset == 0 => {
+                // Only who was asked has a block to send, and that is after the start.
+                let slots = self.lock().as_ref().map(|state| state.memory.slots().clone());
+                let Some(slots) = slots else { return Ok(None) };
+                Landing::new(slots.take().map_err(DsmError::Memory)?)
+            }
+            _ => return Err(malformed),
+        };
+        // Without a lock: it is filled by the receiver of this peer alone.
+        landing.add(offset, piece).ok_or(malformed)?;
+        if landing.is_full() {
+            return Ok(Some((page, landing.into_block())));
+        }
+        self.landings().insert(peer, (page, landing));
+        Ok(None)
+    }
+}
+
+/// A block while it is sent.
+struct Leaving(BlockData<PAGE_WORDS>);
+
+impl AsRef<[u8]> for Leaving {
+    fn as_ref(&self) -> &[u8] {
+        self.0.pages().as_bytes()
+    }
+}
+
+/// A block that has come whole: its first page, and the content.
+type Landed = (u32, BlockData<PAGE_WORDS>);
+
+// A piece is part of a block, and fits a frame.
+const _: () = assert!(BLOCK_BYTES % PIECE == 0 && PIECE + PIECE_HEAD <= crate::transport::MAX_PAYLOAD);

@@ -1,0 +1,340 @@
+//! Whole blocks given away, with ownership.
+//!
+//! A node that goes on reading for long asks home for a whole aligned block of which it has no page. Home
+//! gives it if all of its pages are home's alone, and none is busy, a page table, or goes from writer to
+//! writer. It takes the block out of the guest's memory in one go, and that freezes it; from then on the
+//! asker owns all pages. It is page by page what home does with a write request for a page that only home
+//! has: nobody says Done, since whatever home sends the asker about these pages comes behind the block. A
+//! refusal changes nothing anywhere.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::Bug;
+use super::block_data::BlockData;
+use super::engine::{Access, Engine, Output, ProtocolError};
+use super::memory::Memory;
+use super::message::{Message, NodeId};
+use super::node_set::NodeSet;
+use super::place::Place;
+
+impl<const W: usize> Engine<W> {
+    /// The block that starts with a page, if one does and all its pages exist and have one home.
+    pub(super) fn block_from(&self, first: u32) -> Option<Range<u32>> {
+        let end = first.checked_add(self.zero_block).filter(|end| *end <= self.geometry.pages())?;
+        let block = self.zero_block > 1 && first % self.zero_block == 0 && self.geometry.home(first) == self.geometry.home(end - 1);
+        block.then_some(first..end)
+    }
+
+    /// The first page of the block a page is in.
+    fn block_of(&self, page: u32) -> u32 {
+        page - page % self.zero_block
+    }
+
+    /// Whether the page is in a block that was asked for and has not come.
+    pub(super) fn is_block_asked(&self, page: u32) -> bool {
+        !self.blocks.is_empty() && self.blocks.contains_key(&self.block_of(page))
+    }
+
+    /// Somebody touches a page. Whether it may be coming with its block: then that is waited for.
+    pub(super) fn await_block(&mut self, page: u32, write: bool) -> bool {
+        let first = self.block_of(page);
+        let Some(waits) = self.blocks.get_mut(&first) else { return false };
+        *waits.entry(page).or_default() |= write;
+        true
+    }
+
+    /// Blocks asked for that have not come yet.
+    pub fn asked_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Asks for the whole block from `first` on, if no page of it is here or under way and it has another
+    /// home than this. `out.not_given` says what won't come.
+    pub(super) fn ask_block(&mut self, first: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let askable = self.block_from(first).filter(|block| {
+            let home = self.geometry.home(first);
+            let absent = |page| self.access[page as usize] == Access::Invalid;
+            home != self.me
+                && !self.gone.contains(home)
+                && !self.blocks.contains_key(&first)
+                && self.pending.range(block.clone()).next().is_none()
+                && self.ahead.range(block.clone()).next().is_none()
+                && block.clone().all(absent)
+        });
+        if askable.is_none() {
+            return out.not_given.push(first);
+        }
+        self.blocks.insert(first, BTreeMap::new());
+        self.counters.blocks_asked += 1;
+        self.send(self.geometry.home(first), Message::AskBlock { page: first }, memory, out);
+    }
+
+    /// As home: gives the block, or not. `willing`: the node has no reason of its own to keep it.
+    pub(super) fn home_ask_block(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        willing: bool,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let here = self.block_from(first).filter(|_| self.geometry.home(first) == self.me);
+        let Some(block) = here else {
+            return Err(ProtocolError { from, what: "an AskBlock for what is no block of this home", page: first });
+        };
+        let data = match willing && self.spare_block(from, &block)? {
+            true => Some(self.give_block(from, block, memory)),
+            false => None,
+        };
+        self.send(from, Message::GivenBlock { page: first, data }, memory, out);
+        Ok(())
+    }
+
+    /// As home: whether a block can be given to `from`.
+    fn spare_block(&mut self, from: NodeId, block: &Range<u32>) -> Result<bool, ProtocolError> {
+        if self.directory.migratory.range(block.clone()).next().is_some() {
+            return Ok(false);
+        }
+        for page in block.clone() {
+            let Some((owner, has_copy)) = self.directory.owner_for(page, from) else { return Ok(false) };
+            if has_copy {
+                return Err(ProtocolError { from, what: "an AskBlock for a page it has", page });
+            }
+            // Writable here: so it has no sharers.
+            if owner != self.me || self.access[page as usize] != Access::Exclusive || self.tables.level(page).is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As home: the block is `to`'s.
+    fn give_block(&mut self, to: NodeId, block: Range<u32>, memory: &mut impl Memory<W>) -> BlockData<W> {
+        let early = (self.bug == Some(Bug::BlockBeforeFreeze))
+            .then(|| BlockData::new(block.clone().map(|page| *memory.read(page)).collect::<Vec<_>>()));
+        // Frozen first, as every page that leaves.
+        let data = memory.take_out(block.clone());
+        for page in block.clone() {
+            *self.directory.place(page) = Place::owned(to, NodeSet::new());
+        }
+        self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
+        let given: Vec<u32> = self.given.range(block.clone()).map(|(page, _)| *page).collect();
+        for page in given {
+            self.given.remove(&page);
+        }
+        self.counters.blocks_out += 1;
+        self.counters.pages_out += u64::from(block.end - block.start);
+        early.unwrap_or(data)
+    }
+
+    /// Home's answer: the block, or that it won't come.
+    pub(super) fn given_block(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        data: Option<BlockData<W>>,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let bad = Err(ProtocolError { from, what: "a GivenBlock nobody asked for", page: first });
+        if from != self.geometry.home(first) {
+            return bad;
+        }
+        let (Some(waiting), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
+        let Some(data) = data else {
+            self.counters.blocks_refused += 1;
+            out.not_given.push(first);
+            // Somebody came for these meanwhile: now it is a fault like any other.
+            waiting.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
+            return Ok(());
+        };
+        if data.pages().len() != block.len() {
+            return bad;
+        }
+        memory.install_block(first, data);
+        self.access[block.start as usize..block.end as usize].fill(Access::Exclusive);
+        self.counters.blocks_in += 1;
+        self.counters.pages_in += block.len() as u64;
+        out.completed.extend(block);
+        Ok(())
+    }
+
+    /// `home` is lost: its blocks don't come.
+    pub(super) fn end_blocks(&mut self, home: NodeId, out: &mut Output<W>) {
+        let asked: Vec<u32> = self.blocks.keys().copied().filter(|first| self.geometry.home(*first) == home).collect();
+        for first in asked {
+            let waiting = self.blocks.remove(&first).unwrap_or_default();
+            waiting.into_keys().for_each(|page| self.fail(page, out));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{EngineState, Geometry, Input, PageData, StateError};
+    use super::*;
+
+    /// Memory that notes what is done to it.
+    #[derive(Clone, Default)]
+    struct Noted(Vec<String>);
+
+    impl Memory<1> for Noted {
+        fn protect(&mut self, page: u32) {
+            self.0.push(format!("protect {page}"));
+        }
+        fn unprotect(&mut self, _: u32) {}
+        fn read(&self, page: u32) -> Box<PageData<1>> {
+            Box::new([u64::from(page)])
+        }
+        fn install(&mut self, page: u32, data: &PageData<1>, writable: bool) {
+            self.0.push(format!("install {page} {data:?} {writable}"));
+        }
+        fn install_zeros(&mut self, _: Range<u32>) {}
+        fn discard(&mut self, page: u32) {
+            self.0.push(format!("discard {page}"));
+        }
+        fn wake(&mut self, _: u32) {}
+        fn load(&self, _: u32, _: usize) -> u64 {
+            0
+        }
+        fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
+            Ok(old)
+        }
+        fn differences(&self, _: u32, _: &PageData<1>, _: &mut Vec<(u16, u64)>) {}
+    }
+
+    struct Node(Engine<1>, Noted, Output<1>);
+
+    impl Node {
+        /// Of three. Node 0 is the home of five blocks of two pages and half of another, and has written three.
+        fn new(me: NodeId) -> Self {
+            let mut engine = Engine::new(me, geometry(), std::slice::from_ref(&(0..6)), 0..0, false);
+            engine.take_zeros_by(1, 2);
+            Node(engine, Noted::default(), Output::default())
+        }
+
+        fn step(&mut self, input: Input<1>) -> Result<Vec<(NodeId, Message<1>)>, &'static str> {
+            self.2 = Output::default();
+            self.0.step(input, &mut self.1, &mut self.2).map_err(|error| error.what)?;
+            Ok(std::mem::take(&mut self.2.sends))
+        }
+
+        fn hear(&mut self, from: NodeId, message: Message<1>) -> Result<Vec<(NodeId, Message<1>)>, &'static str> {
+            self.step(Input::Message { from, message })
+        }
+    }
+
+    fn geometry() -> Geometry {
+        Geometry::new(&[(0, 16)], &[11, 3, 2])
+    }
+
+    fn ask(page: u32) -> Message<1> {
+        Message::AskBlock { page }
+    }
+
+    fn given(page: u32, data: &[PageData<1>]) -> Message<1> {
+        Message::GivenBlock { page, data: Some(BlockData::new(data.to_vec())) }
+    }
+
+    fn refused(page: u32) -> Message<1> {
+        Message::GivenBlock { page, data: None }
+    }
+
+    fn get(page: u32, write: bool) -> Message<1> {
+        Message::Get { page, write, table: false }
+    }
+
+    #[test]
+    fn home_gives_what_is_its_own_alone_and_asks_the_new_owner_from_then_on() {
+        let mut home = Node::new(0);
+        assert_eq!(home.hear(1, ask(2)), Ok(vec![(1, given(2, &[[2], [3]]))]));
+        assert_eq!(home.1.0, ["protect 2", "protect 3", "discard 2", "discard 3"]);
+        assert_eq!((home.0.access(3), home.0.counters().blocks_out), (Access::Invalid, 1));
+        let sends = home.step(Input::Fault { page: 3, write: true }).unwrap();
+        assert!(matches!(sends[..], [(1, Message::Fetch { page: 3, requester: 0, write: true, .. })]), "{sends:?}");
+        // It is on its way home, and then the block is in two hands.
+        assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, refused(2))]));
+    }
+
+    #[test]
+    fn home_refuses_what_it_shares_has_not_or_will_not_give() {
+        let mut home = Node::new(0);
+        home.hear(1, get(1, false)).unwrap();
+        assert_eq!(home.hear(2, ask(0)), Ok(vec![(2, refused(0))]), "node 1 reads a page");
+        assert_eq!(home.hear(2, ask(6)), Ok(vec![(2, refused(6))]), "nobody wrote it");
+        assert_eq!(home.step(Input::KeepBlock { to: 2, first: 2 }), Ok(vec![(2, refused(2))]));
+        assert_eq!(home.0.counters().blocks_out, 0);
+        for no_block in [3, 10, 12, 15] {
+            assert_eq!(home.hear(2, ask(no_block)), Err("an AskBlock for what is no block of this home"));
+        }
+        home.hear(2, ask(2)).unwrap();
+        assert_eq!(home.hear(2, ask(2)), Err("an AskBlock for a page it has"));
+    }
+
+    #[test]
+    fn who_touches_a_block_on_its_way_waits_for_it() {
+        let mut reader = Node::new(1);
+        assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
+        assert_eq!(reader.step(Input::Fault { page: 3, write: true }), Ok(vec![]));
+        assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111 }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11 })]));
+        assert_eq!(reader.step(Input::Prefetch { pages: 2..4, write: true }), Ok(vec![]));
+        assert!(reader.0.is_pending(2) && !reader.0.is_pending(4) && !reader.0.quiet());
+        assert_eq!((reader.0.asked_blocks(), reader.0.pending()), (1, 4));
+        assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Ok(vec![]));
+        assert_eq!(reader.1.0, ["install 2 [7] true", "install 3 [8] true"]);
+        assert_eq!((reader.0.access(2), &reader.2.completed[..]), (Access::Exclusive, &[2, 3][..]));
+        assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Err("a GivenBlock nobody asked for"));
+    }
+
+    #[test]
+    fn after_a_refusal_who_waits_asks_as_for_any_page() {
+        let mut reader = Node::new(1);
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::Fault { page: 3, write: false }).unwrap();
+        assert_eq!(reader.hear(0, refused(2)), Ok(vec![(0, get(3, false))]));
+        assert_eq!((&reader.2.not_given[..], reader.0.counters().blocks_refused), (&[2][..], 1));
+        assert_eq!(reader.hear(2, refused(2)), Err("a GivenBlock nobody asked for"));
+    }
+
+    #[test]
+    fn what_can_not_be_asked_for_whole_is_told() {
+        let mut reader = Node::new(1);
+        reader.step(Input::Fault { page: 1, write: false }).unwrap();
+        reader.step(Input::Ahead { first: 4, wanted: 1 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        // Pages under way, the block itself under way, no block, two homes, its own, beyond the end.
+        for first in [0, 4, 2, 3, 10, 12, 16, u32::MAX] {
+            assert_eq!(reader.step(Input::AheadBlock { first }), Ok(vec![]), "{first}");
+            assert_eq!(reader.2.not_given, [first]);
+        }
+        let short = reader.hear(0, given(2, &[[1]]));
+        assert_eq!(short, Err("a GivenBlock nobody asked for"), "half of a block");
+    }
+
+    #[test]
+    fn a_lost_home_ends_the_wait_for_its_blocks() {
+        let mut reader = Node::new(1);
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::Fault { page: 3, write: false }).unwrap();
+        reader.step(Input::Lost(0)).unwrap();
+        assert_eq!((&reader.2.failed[..], reader.0.quiet()), (&[3][..], true));
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        assert_eq!(reader.2.not_given, [2]);
+    }
+
+    #[test]
+    fn blocks_under_way_are_written_down_and_must_be_blocks() {
+        let mut reader = Node::new(1);
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::Fault { page: 3, write: true }).unwrap();
+        let text = serde_json::to_string(&reader.0.save()).unwrap();
+        assert_eq!(Engine::restore(serde_json::from_str(&text).unwrap(), &geometry()), Ok(reader.0));
+        let written = r#""blocks":{"2":{"3":true}}"#;
+        assert!(text.contains(written), "{text}");
+        for damaged in [r#""blocks":{"3":{}}"#, r#""blocks":{"10":{}}"#, r#""blocks":{"2":{"4":true}}"#, r#""blocks":{"90":{}}"#] {
+            let state: EngineState<1> = serde_json::from_str(&text.replace(written, damaged)).unwrap();
+            assert_eq!(Engine::restore(state, &geometry()), Err(StateError::Shape), "{damaged}");
+        }
+    }
+}
