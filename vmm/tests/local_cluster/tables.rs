@@ -238,7 +238,7 @@ fn merging_before_freezing_is_caught() {
     let caught = caught(Bug::MergeBeforeFreeze);
     // A processor that found no entry: node 1 tells at once, node 0 stands in the handler. The window's
     // addresses all begin alike.
-    let fault = format!("cr2 {:#x}", WINDOW >> 20);
+    let fault = format!("cr2 {:#x}", WINDOW >> 24);
     assert!(
         caught.contains("took exception 14") || caught.contains(&fault),
         "{caught}"
