@@ -5,8 +5,9 @@
 //! fetching its working set anew.
 //!
 //! vCPUs on one host cause each other no faults, so what they would cause apart is remembered from when they
-//! were: a memory that fades only while they are apart. A vCPU rests after a move, twice as long after each
-//! that took it back to where it had been.
+//! were: a memory that fades only while they are apart. What begins is believed little by little: two vCPUs that spin on
+//! one page waste so much that a moment of it is reason enough where CPUs are free, but no burst brings them onto one CPU.
+//! A vCPU rests after a move, twice as long after each that took it back to where it had been.
 
 use std::collections::BTreeMap;
 
@@ -26,6 +27,9 @@ const TO_AND_FRO: u64 = 120_000;
 const AT_ONCE: usize = 16;
 /// Half of what was seen of a fight that is over is forgotten after so many milliseconds apart.
 const HALF_LIFE: f64 = 10_000.0;
+/// Half of what begins is believed after so many milliseconds, and the first load is taken for so long.
+const BELIEVED: f64 = 3_000.0;
+const FIRST: f64 = 1_000.0;
 /// Fights of fewer faults a second are forgotten.
 const FORGOTTEN: f64 = 1.0;
 /// Weights of uneven loads beside time that is lost: where CPUs are left, and where there are none.
@@ -136,32 +140,31 @@ impl Plan<'_> {
 impl Affinity {
     /// Takes note of who faults on what; what concerns those who are together stays as it was.
     fn learn(&mut self, load: &Load) {
-        let passed = self.last.map_or(0, |last| load.at.saturating_sub(last)) as f64;
+        let passed = self.last.map_or(FIRST, |last| load.at.saturating_sub(last) as f64);
         self.last = Some(load.at);
         self.past.resize_with(load.vcpus.len(), || Past { rest: REST, ..Past::default() });
-        let fades = 0.5_f64.powf(passed / HALF_LIFE);
-        let host = |vcpu: u32| load.vcpus.get(vcpu as usize).map(|v| v.host);
-        self.fights.retain(|(a, b), rate| {
-            if host(*a) != host(*b) {
-                *rate *= fades;
+        // How much of the way to what is seen now.
+        let way = |half_life: f64| 1.0 - 0.5_f64.powf(passed / half_life);
+        let learn = |rate: &mut f64, seen: f64, are_apart: bool| {
+            let half_life = if seen > *rate { BELIEVED } else { HALF_LIFE };
+            if are_apart {
+                *rate += (seen - *rate) * way(half_life);
             }
             *rate >= FORGOTTEN
-        });
-        for fight in &load.fights {
-            let rate = self.fights.entry(fight.vcpus).or_default();
-            *rate = rate.max(fight.per_second);
+        };
+        let host = |vcpu: u32| load.vcpus.get(vcpu as usize).map(|v| v.host);
+        let seen: BTreeMap<_, _> = load.fights.iter().map(|fight| (fight.vcpus, fight.per_second)).collect();
+        for vcpus in seen.keys() {
+            self.fights.entry(*vcpus).or_default();
         }
+        self.fights.retain(|(a, b), rate| learn(rate, seen.get(&(*a, *b)).copied().unwrap_or(0.0), host(*a) != host(*b)));
         for (past, vcpu) in self.past.iter_mut().zip(&load.vcpus) {
-            past.fetches.retain(|from, rate| {
-                if *from != vcpu.host {
-                    *rate *= fades;
-                }
-                *rate >= FORGOTTEN
-            });
-            for (from, per_second) in vcpu.faults.iter().filter(|(from, _)| *from != vcpu.host) {
-                let rate = past.fetches.entry(*from).or_default();
-                *rate = rate.max(*per_second);
+            let elsewhere = vcpu.faults.iter().filter(|(from, _)| *from != vcpu.host);
+            let seen: BTreeMap<_, _> = elsewhere.copied().collect();
+            for from in seen.keys() {
+                past.fetches.entry(*from).or_default();
             }
+            past.fetches.retain(|from, rate| learn(rate, seen.get(from).copied().unwrap_or(0.0), *from != vcpu.host));
         }
     }
 
@@ -280,9 +283,37 @@ mod tests {
     fn a_large_working_set_is_not_moved_for_little() {
         let mut one = vcpu(0, 0.7, 0.3);
         (one.faults, one.footprint) = (vec![(1, 600.0)], 4000);
-        assert_eq!(Affinity::default().decide(&load(2, vec![one.clone()], &[])).len(), 1);
+        assert_eq!(within_10_s(&load(2, vec![one.clone()], &[])), [(0, 0, 1)]);
         one.footprint = 20_000;
-        assert_eq!(Affinity::default().decide(&load(2, vec![one], &[])), []);
+        assert_eq!(within_10_s(&load(2, vec![one], &[])), []);
+    }
+
+    /// What a policy decides of a load that stays the same, until it has decided something.
+    fn within_10_s(load: &Load) -> Vec<(u32, usize, usize)> {
+        let mut policy = Affinity::default();
+        let decisions = (0..20).map(|n| policy.decide(&Load { at: n * 500, ..load.clone() }));
+        decisions.map(|of| moves(&of)).find(|of| !of.is_empty()).unwrap_or_default()
+    }
+
+    /// Two vCPUs on hosts of one CPU each that fight so many times a second.
+    fn single(hosts: [usize; 2], per_second: f64) -> Load {
+        let apart = hosts[0] != hosts[1];
+        let stalled = if apart { (per_second * 0.0005).min(0.9) } else { 0.0 };
+        let one = |host| VcpuLoad { waited: if apart { 0.0 } else { 0.5 }, ..vcpu(host, if apart { 1.0 - stalled } else { 0.5 }, stalled) };
+        let fights = if apart { vec![(0, 1, per_second)] } else { vec![] };
+        let mut load = load(2, hosts.map(one).to_vec(), &fights);
+        load.hosts.iter_mut().for_each(|host| host.cpus = 1);
+        load
+    }
+
+    #[test]
+    fn a_burst_brings_nobody_onto_one_cpu_and_a_fight_that_lasts_does() {
+        let mut policy = Affinity::default();
+        for n in 0..120 {
+            let rate = if n % 20 == 1 { 1500.0 } else { 5.0 };
+            assert_eq!(policy.decide(&Load { at: n * 500, ..single([0, 1], rate) }), [], "{n}");
+        }
+        assert_eq!(within_10_s(&single([0, 1], 1500.0)), [(0, 0, 1)]);
     }
 
     #[test]
