@@ -179,6 +179,12 @@ impl Affinity {
         let back = soon && past.left == Some(decision.to);
         past.rest = if back { (past.rest * 2).min(LONGEST_REST) } else { REST };
         (past.moved, past.left) = (Some(at), Some(decision.from));
+        if let Reason::Together { with, .. } = decision.reason {
+            // What that one fetched from there was this one's: it is no reason to go there now.
+            let partner = &mut self.past[with as usize];
+            partner.fetches.remove(&decision.from);
+            partner.moved = Some(at);
+        }
     }
 }
 
@@ -286,6 +292,23 @@ mod tests {
         assert_eq!(within_10_s(&load(2, vec![one.clone()], &[])), [(0, 0, 1)]);
         one.footprint = 20_000;
         assert_eq!(within_10_s(&load(2, vec![one], &[])), []);
+    }
+
+    #[test]
+    fn whom_another_joined_does_not_go_where_that_one_came_from() {
+        let (mut policy, mut hosts, mut decided) = (Affinity::default(), [0, 1], Vec::new());
+        for n in 0..60 {
+            let mut load = Load { at: n * 500, ..single(hosts, 600.0) };
+            // Pages of the one that moved stay behind for a while.
+            for v in load.vcpus.iter_mut().filter(|_| n < 20) {
+                v.faults = vec![(1 - v.host, 300.0)];
+            }
+            for d in policy.decide(&load) {
+                hosts[d.vcpu as usize] = d.to;
+                decided.push((n, d.vcpu, d.from, d.to));
+            }
+        }
+        assert_eq!(decided.len(), 1, "{decided:?}");
     }
 
     /// What a policy decides of a load that stays the same, until it has decided something.
