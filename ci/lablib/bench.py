@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from . import benchlab, membench
+from . import benchlab, membench, schedbench
 from .paths import REPO
 
 PROG = "ci/bench"
@@ -42,11 +42,17 @@ def main():
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"names:\n{names}\n\nFurther words go to the benchmark: --json, --help, ...")
     parser.add_argument("name", choices=about, metavar="NAME", help="which benchmark")
-    parser.add_argument("--lab", action="store_true", help="dsm: two nodes on two emulated hosts, with kernels of their own")
+    parser.add_argument("--lab", action="store_true", help="dsm: two nodes on two emulated hosts, with kernels of their own; "
+                                                           "sched: a stock Linux over two emulated hosts (as root)")
     args, words = parser.parse_known_args()
     if args.name in LAB_BENCHES:
         LAB_BENCHES[args.name][0](f"{PROG} {args.name}", words)
         return
+    if args.lab and args.name == "sched":
+        schedbench.main(f"{PROG} sched --lab", words)
+        return
+    if args.lab and args.name != "dsm":
+        parser.error(f"{args.name} has no --lab")
     package, target, _ = BENCHES[args.name]
     program = build(package, target)
     if args.lab:
