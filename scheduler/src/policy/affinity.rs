@@ -143,28 +143,12 @@ impl Affinity {
         let passed = self.last.map_or(FIRST, |last| load.at.saturating_sub(last) as f64);
         self.last = Some(load.at);
         self.past.resize_with(load.vcpus.len(), || Past { rest: REST, ..Past::default() });
-        // How much of the way to what is seen now.
-        let way = |half_life: f64| 1.0 - 0.5_f64.powf(passed / half_life);
-        let learn = |rate: &mut f64, seen: f64, are_apart: bool| {
-            let half_life = if seen > *rate { BELIEVED } else { HALF_LIFE };
-            if are_apart {
-                *rate += (seen - *rate) * way(half_life);
-            }
-            *rate >= FORGOTTEN
-        };
         let host = |vcpu: u32| load.vcpus.get(vcpu as usize).map(|v| v.host);
-        let seen: BTreeMap<_, _> = load.fights.iter().map(|fight| (fight.vcpus, fight.per_second)).collect();
-        for vcpus in seen.keys() {
-            self.fights.entry(*vcpus).or_default();
-        }
-        self.fights.retain(|(a, b), rate| learn(rate, seen.get(&(*a, *b)).copied().unwrap_or(0.0), host(*a) != host(*b)));
+        let seen = load.fights.iter().map(|fight| (fight.vcpus, fight.per_second)).collect();
+        approach(&mut self.fights, &seen, passed, |(a, b)| host(*a) != host(*b));
         for (past, vcpu) in self.past.iter_mut().zip(&load.vcpus) {
-            let elsewhere = vcpu.faults.iter().filter(|(from, _)| *from != vcpu.host);
-            let seen: BTreeMap<_, _> = elsewhere.copied().collect();
-            for from in seen.keys() {
-                past.fetches.entry(*from).or_default();
-            }
-            past.fetches.retain(|from, rate| learn(rate, seen.get(from).copied().unwrap_or(0.0), *from != vcpu.host));
+            let seen = vcpu.faults.iter().filter(|(from, _)| *from != vcpu.host).copied().collect();
+            approach(&mut past.fetches, &seen, passed, |from| *from != vcpu.host);
         }
     }
 
@@ -186,6 +170,22 @@ impl Affinity {
             partner.moved = Some(at);
         }
     }
+}
+
+/// Takes rates that can be seen now (those of who `are_apart`) nearer to what was seen in the last `passed` milliseconds,
+/// and forgets small ones.
+fn approach<K: Copy + Ord>(rates: &mut BTreeMap<K, f64>, seen: &BTreeMap<K, f64>, passed: f64, are_apart: impl Fn(&K) -> bool) {
+    for key in seen.keys() {
+        rates.entry(*key).or_default();
+    }
+    rates.retain(|key, rate| {
+        let seen = seen.get(key).copied().unwrap_or(0.0);
+        let half_life = if seen > *rate { BELIEVED } else { HALF_LIFE };
+        if are_apart(key) {
+            *rate += (seen - *rate) * (1.0 - 0.5_f64.powf(passed / half_life));
+        }
+        *rate >= FORGOTTEN
+    });
 }
 
 impl Policy for Affinity {

@@ -32,7 +32,7 @@ use super::fabric::{Event, Touch};
 use super::kick;
 use super::move_times::Part;
 use super::proxy::{self, ProxyContext};
-use super::state::Registers;
+use super::state::{IA32_TSC_DEADLINE, Registers};
 use super::threads::Shared;
 use super::transfer::Travelling;
 use super::vcpu::{APIC_BASE_X2APIC, Role, Vcpu, fail};
@@ -48,12 +48,11 @@ const TIMER_MODE: u32 = 3 << 17;
 const ONE_SHOT: u32 = 0;
 const PERIODIC: u32 = 1 << 17;
 
-/// x2APIC registers and the TSC deadline, as MSRs.
+/// x2APIC registers, as MSRs.
 const X2APIC_TPR: u32 = 0x808;
 const X2APIC_LVT_TIMER: u32 = 0x832;
 const X2APIC_LVT_PERFORMANCE: u32 = 0x834;
 const X2APIC_INITIAL_COUNT: u32 = 0x838;
-const TSC_DEADLINE: u32 = 0x6e0;
 const LVT_MASKED: u64 = 1 << 16;
 
 /// How late the host's timer may be: a count that has run out becomes an interrupt within this.
@@ -209,9 +208,9 @@ impl Vcpu {
                 registers.set_lapic(INITIAL_COUNT, 0);
             }
         }
-        let is_armed = |(index, value): &(u32, u64)| *index == TSC_DEADLINE && *value != 0;
+        let is_armed = |(index, value): &(u32, u64)| *index == IA32_TSC_DEADLINE && *value != 0;
         if timer.is_some() || registers.msrs.iter().any(is_armed) {
-            self.set_msrs(&[(TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
+            self.set_msrs(&[(IA32_TSC_DEADLINE, 0), (X2APIC_INITIAL_COUNT, 0)])?;
         }
         Ok(state)
     }
@@ -262,7 +261,7 @@ impl Vcpu {
         }
         let mut present = saved.registers.clone();
         present.debug = debug;
-        let deadline = |(index, _): &&mut (u32, u64)| *index == TSC_DEADLINE;
+        let deadline = |(index, _): &&mut (u32, u64)| *index == IA32_TSC_DEADLINE;
         present.msrs.iter_mut().filter(deadline).for_each(|(_, value)| *value = 0);
         self.present = Some(Box::new(present));
         self.role = Role::Proxy;

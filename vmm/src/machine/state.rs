@@ -20,7 +20,7 @@ use crate::ownership::Ownership;
 const IA32_TSC: u32 = 0x10;
 /// Another view of the same counter; hidden from the guest.
 const IA32_TSC_ADJUST: u32 = 0x3b;
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
+pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Where KVM has pages in common with the guest: MSR_KVM_WALL_CLOCK and MSR_KVM_SYSTEM_TIME, and MSR_KVM_WALL_CLOCK_NEW to
 /// MSR_KVM_PV_EOI_EN.
 const KVM_CLOCK: RangeInclusive<u32> = 0x11..=0x12;
