@@ -1,4 +1,4 @@
-//! Which blocks this node, their home, does not give away whole for now. Pure: time is told.
+//! Which blocks this node, their home, keeps for a while instead of giving them away whole. Pure: time is told.
 //!
 //! A block given to a reader is lost to its home, page by page a fault until it has come back. So a block that is
 //! wanted back soon after it went stays for a while the next time it is asked for, longer each time. Soon is
