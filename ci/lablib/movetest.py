@@ -61,18 +61,26 @@ while True:
 
 def moving(tests):
     """The step: a machine over all hosts whose vCPUs move until they have moved MOVES times."""
-    tests.up(hosts=CPUS, cpus_each=1, mib_each=384)
+    with entered(tests, "moving", CPUS) as machine:
+        with serving(tests.hosts):
+            work(tests.hosts, machine)
+        machine.shut_down(240)
+
+
+@contextlib.contextmanager
+def entered(tests, name, hosts, *options):
+    """A machine over so many hosts with a CPU each, in the root of the image that has a compiler, with network."""
+    tests.up(hosts=hosts, cpus_each=1, mib_each=384)
     programs(tests.hosts)
     network(tests.hosts)
-    with tests.all_cpus_up("moving", "--api", machinetest.API, "--net", TAP, nodes=CPUS, cpus=CPUS, image=IMAGE) as machine:
+    options = ("--api", machinetest.API, "--net", TAP, *options)
+    with tests.all_cpus_up(name, *options, nodes=hosts, cpus=hosts, image=IMAGE) as machine:
         try:
             machine.expect(r"Run /bin/sh as init process", 780)
             say(f"     the kernel has booted after {time.monotonic() - machine.begun:.0f} s")
-            machinetest.look_around(machine, cpus=CPUS, nodes=CPUS, mib=CPUS * 384)
+            machinetest.look_around(machine, cpus=hosts, nodes=hosts, mib=hosts * 384)
             enter(machine)
-            with serving(tests.hosts):
-                work(tests.hosts, machine)
-            machine.shut_down(240)
+            yield machine
         finally:
             machinetest.report(machine)
 

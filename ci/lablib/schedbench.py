@@ -17,6 +17,7 @@ from .guestimage import PROJECT
 from .membench import Figures
 from .steps import end_on_signals
 
+#: Hosts, with a CPU each.
 CPUS = 2
 #: Each is a line of shell that works on both CPUs and ends.
 WORK = {
@@ -56,14 +57,7 @@ class Guest:
 def measure(tests, turns):
     """All work under all policies, in turns: name, then seconds with the scheduler and without."""
     found = []
-    tests.up(hosts=2, cpus_each=1, mib_each=384)
-    movetest.programs(tests.hosts)
-    movetest.network(tests.hosts)
-    options = ("--api", machinetest.API, "--sched", "static", "--net", movetest.TAP)
-    with tests.all_cpus_up("sched", *options, image=movetest.IMAGE) as machine:
-        machine.expect(r"Run /bin/sh as init process", 780)
-        machinetest.look_around(machine, cpus=CPUS, nodes=2, mib=2 * 384)
-        movetest.enter(machine)
+    with movetest.entered(tests, "sched", CPUS, "--sched", "static") as machine:
         with movetest.in_host(tests.hosts, "python3", f"/lab/share/{movetest.CLIENT}", machinetest.API) as client:
             guest = Guest(machine, client)
             for name, line in WORK.items():
@@ -84,6 +78,8 @@ def main(prog, words):
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")
     parser.add_argument("--turns", type=int, default=3, help="times of each work under each policy, of which the median counts (3)")
     args = parser.parse_args(words)
+    if args.turns < 1:
+        parser.error(f"--turns {args.turns}: at least one")
     if os.geteuid():
         sys.exit(f"{prog}: needs root, for the lab")
     end_on_signals()
