@@ -23,6 +23,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::Mode;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -109,11 +110,7 @@ impl Api {
     pub fn listen(path: &Path, answer: impl Fn(Request) -> Result<Value, Failure> + Send + Sync + 'static) -> Result<Self, String> {
         let failed = |error: &io::Error| format!("--api {}: {}", path.display(), errno::describe(error));
         remove_stale(path)?;
-        // The file must not be open to others even between bind and chmod.
-        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = bound.map_err(|error| failed(&error))?;
+        let listener = listen_alone(path).map_err(|error| failed(&error))?;
         let api = Self { path: path.into() };
         let answer = Arc::new(answer);
         let clients = Arc::new(AtomicUsize::new(0));
@@ -148,6 +145,16 @@ impl Drop for Api {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// A listening socket whose file nobody but this user can open, at no moment: Linux gives the file the socket's own
+/// mode. (The umask is the whole process's, so it is left alone.)
+fn listen_alone(path: &Path) -> io::Result<UnixListener> {
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    net::listen(&socket, MAX_CLIENTS as i32)?;
+    Ok(socket.into())
 }
 
 /// Removes a socket that a killed front end left behind; nobody answers on that.
@@ -251,6 +258,22 @@ mod tests {
         assert!(Api::listen(&path, |_| Ok(json!({}))).is_err_and(|line| line.contains("EADDRINUSE")));
         drop(api);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_this_user_may_open_it_whoever_else_listens() {
+        let dir = TempDir::new_with_prefix("/tmp/krg-api").unwrap();
+        thread::scope(|scope| {
+            for number in 0..4 {
+                let path = dir.as_path().join(number.to_string());
+                scope.spawn(move || {
+                    for _ in 0..16 {
+                        let _api = Api::listen(&path, |_| Ok(json!({}))).unwrap();
+                        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+                    }
+                });
+            }
+        });
     }
 
     #[test]
