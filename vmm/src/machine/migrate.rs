@@ -80,12 +80,14 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
     }
     let state = vcpu.save_to_travel(mp_state, &shared.msrs, owners.startup.all())?;
     // Nothing was pending when the LAPIC was read: that was the moment. What has come since goes as any node's, so
-    // all that makes a proxy of it can wait until the state is on its way.
-    let at_once = !state.registers.has_pending();
+    // all that makes a proxy of it can wait until the state is on its way. Unless the LAPIC is off: the vCPU may switch
+    // it on as soon as it runs there, and this one must take interrupts by then.
+    let at_once = !state.registers.has_pending() && state.registers.takes_interrupts();
     let pending = RefCell::new(Vec::new());
     if !at_once {
         vcpu.become_proxy(&state)?;
-        take_out(shared, vcpu, &|event| pending.borrow_mut().push(event))?;
+        let sink = |event| pending.borrow_mut().push(event);
+        proxy::park_and_empty(vcpu, &taking_out(shared, id, &AtomicBool::new(false), &sink))?;
     }
     let (bytes, pending) = (state.encode(), pending.into_inner());
     let in_service = state.in_service();
@@ -134,7 +136,8 @@ pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineErro
     let held = shared.gate.hold();
     times.over(Part::Alone);
     if vcpu.mp_state()? != KVM_MP_STATE_UNINITIALIZED || vcpu.has_pending()? {
-        take_out(shared, vcpu, &|event| owners.raise(id, event))?;
+        let sink = |event| owners.raise(id, event);
+        proxy::empty(vcpu, &taking_out(shared, id, &AtomicBool::new(false), &sink))?;
     }
     vcpu.become_owner(&state)?;
     times.over(Part::Restored);
@@ -145,18 +148,17 @@ pub(crate) fn arrive(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineErro
     Ok(())
 }
 
-/// Hands what is pending in a proxy to `sink`, until there is a moment when nothing is.
-fn take_out(shared: &Shared, vcpu: &mut Vcpu, sink: &dyn Fn(Event)) -> Result<(), MachineError> {
-    let id = vcpu.id as usize;
-    let context = ProxyContext {
+/// For a proxy that hands what is pending to `sink`, and is never asked to do anything else.
+fn taking_out<'a>(shared: &'a Shared, id: u32, stop: &'a AtomicBool, sink: &'a dyn Fn(Event)) -> ProxyContext<'a> {
+    let id = id as usize;
+    ProxyContext {
         sink,
         startup: &shared.owners.startup,
-        stop: &AtomicBool::new(false),
+        stop,
         arrive: &|| false,
         awaiting: &shared.awaiting[id],
         counters: &shared.counters[id],
-    };
-    proxy::empty(vcpu, &context)
+    }
 }
 
 impl Registers {

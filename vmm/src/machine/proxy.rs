@@ -96,15 +96,20 @@ pub(crate) fn run(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<Left, M
     Ok(Left::Stopped)
 }
 
-/// Parks `vcpu` and hands on what is pending, until there is a moment when nothing is.
-pub(crate) fn empty(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<(), MachineError> {
+/// Parks `vcpu`, which was an owner, and hands on what is pending, until there is a moment when nothing is.
+pub(crate) fn park_and_empty(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<(), MachineError> {
     Proxy::parked(vcpu, context)?.finish()
+}
+
+/// The same for a proxy that is parked, or was until INIT or SIPI changed its MP state: parking it anew would lose them.
+pub(crate) fn empty(vcpu: &mut Vcpu, context: &ProxyContext<'_>) -> Result<(), MachineError> {
+    Proxy { vcpu, context, breakpoints: 0 }.finish()
 }
 
 struct Proxy<'a> {
     vcpu: &'a mut Vcpu,
     context: &'a ProxyContext<'a>,
-    /// Start-up vectors that have a breakpoint.
+    /// Start-up vectors that are known to have a breakpoint.
     breakpoints: u32,
 }
 

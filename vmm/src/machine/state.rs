@@ -25,9 +25,6 @@ pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// MSR_KVM_PV_EOI_EN.
 const KVM_CLOCK: RangeInclusive<u32> = 0x11..=0x12;
 const KVM_PAGES: RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d04;
-/// The LAPIC's spurious-interrupt vector register, in KVM's form, and its software enable.
-const SPURIOUS: usize = 0xf0;
-const SOFTWARE_ENABLE: u32 = 1 << 8;
 /// MSRs that KVM takes in one call (MAX_IO_MSRS).
 const MOST_MSRS: usize = 256;
 /// Restored with the system registers.
@@ -123,6 +120,7 @@ impl VcpuState {
 impl Vcpu {
     /// Saves a stopped vCPU; `msrs` are the indices KVM lists as state.
     pub(crate) fn save(&self, msrs: &[u32]) -> Result<VcpuState, MachineError> {
+        let mp_state = self.mp_state()?;
         let registers = match self.role {
             Role::Owner => Some(Box::new(self.save_registers(msrs)?)),
             Role::Proxy => None,
@@ -132,7 +130,7 @@ impl Vcpu {
             id: self.id,
             role: self.role,
             awaits_sipi: self.awaits_sipi,
-            mp_state: self.mp_state()?,
+            mp_state,
             tsc: self.read_msrs(&[IA32_TSC])?.first().map_or(0, |(_, value)| *value),
             registers,
         })
@@ -150,7 +148,7 @@ impl Vcpu {
         let mut saved = self.save_beside(core, msrs)?;
         // INIT may have come since, and with SIPI changed all that. It switches the LAPIC off, and who switches it on
         // again is the vCPU itself.
-        if saved.lapic(SPURIOUS) & SOFTWARE_ENABLE == 0 {
+        if !saved.takes_interrupts() {
             let core = self.core()?;
             (saved.regs, saved.sregs, saved.events) = (core.regs, core.sregs, core.events);
         }

@@ -9,7 +9,7 @@ use kvm_bindings::{
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::state::Registers;
-use super::vcpu::{LAPIC_IRR, LAPIC_IRR_END, XSAVE_PAGE, is_requested};
+use super::vcpu::{APIC_BASE_X2APIC, LAPIC_IRR, LAPIC_IRR_END, XSAVE_PAGE, is_requested};
 
 /// Layout of the bytes.
 const VERSION: u32 = 1;
@@ -18,6 +18,9 @@ const MOST_BYTES: usize = 64 << 10;
 const MOST_MSRS: usize = 2048;
 /// The LAPIC's id in KVM's form.
 const APIC_ID: usize = 0x20;
+/// The LAPIC's spurious-interrupt vector register, in KVM's form, and its software enable.
+const SPURIOUS: usize = 0xf0;
+const SOFTWARE_ENABLE: u32 = 1 << 8;
 
 /// A vCPU between two owners.
 #[derive(Clone, Debug)]
@@ -146,6 +149,12 @@ impl Registers {
     /// Whether an interrupt or NMI was pending when they were read.
     pub(crate) fn has_pending(&self) -> bool {
         is_requested(&self.lapic) || self.events.nmi.pending != 0
+    }
+
+    /// Whether the LAPIC takes what is sent to it: INIT leaves it switched off.
+    pub(crate) fn takes_interrupts(&self) -> bool {
+        let is_x2apic = self.sregs.apic_base & APIC_BASE_X2APIC == APIC_BASE_X2APIC;
+        is_x2apic && self.lapic(SPURIOUS) & SOFTWARE_ENABLE != 0
     }
 
     /// A 32-bit register of the LAPIC.

@@ -1,8 +1,9 @@
 //! Interrupts between vCPUs of different nodes, ordered among the messages of the shared memory.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use kvm_bindings::kvm_msi;
 use krg_guest_kernel::micro::MicroError;
 use krg_guest_kernel::micro::code_asm::{
     CodeAssembler, al, ax, ds, dword_ptr, dx, eax, ebx, ecx, edx, esi, ptr, rax, rbx, rcx, rdx,
@@ -18,6 +19,9 @@ use super::nodes::{Nodes, Plan, migrate};
 const PATIENCE: Duration = Duration::from_secs(30);
 const BOOT_CODE: u64 = 0x8_0000;
 const HANDLERS: u64 = 0x8_1000;
+/// Halts for good: cli; hlt; jmp there.
+const HALTING: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfd];
+const HALT: u64 = 0x8_2000;
 const IDT: u64 = 0x3000;
 /// IDT register, and what the guests count.
 const IDT_POINTER: u64 = 0x610;
@@ -64,16 +68,20 @@ fn run(nodes: &Nodes) {
     assert_eq!(nodes.failures.try_iter().collect::<Vec<_>>(), Vec::<String>::new());
 }
 
-const CYCLES: u32 = 5;
-const ROUNDS: u32 = 200;
+/// INIT, SIPI, so many interrupts there and back in lock step, NMI; so many times.
+#[derive(Clone, Copy)]
+struct Exchange {
+    cycles: u32,
+    rounds: u32,
+}
 
-/// INIT, SIPI, interrupts there and back in lock step, NMI; a few times.
-fn exchange() -> Nodes {
+fn exchange(Exchange { cycles, rounds }: Exchange) -> Nodes {
     Nodes::new(plan(2, 2), |memory| {
         boot::write_tables(memory).unwrap();
         let pieces = [
             (guest::BOOT, BOOT_CODE),
             (guest::BOOT_HANDLER, HANDLERS),
+            (&HALTING, HALT),
             (guest::SECOND, 0x8000),
             (guest::SECOND_HANDLER, 0x8100),
             (guest::SECOND_NMI, 0x8200),
@@ -84,18 +92,18 @@ fn exchange() -> Nodes {
         put(memory, &0x8200u32.to_le_bytes(), 2 * 4);
         put(memory, &[0x8100u32, 0x8300].map(u32::to_le_bytes).concat(), 0x40 * 4);
         put_gate(memory, 0x50, HANDLERS);
-        put(memory, &[CYCLES, ROUNDS].map(u32::to_le_bytes).concat(), 0x620);
+        put(memory, &[cycles, rounds].map(u32::to_le_bytes).concat(), 0x620);
     })
 }
 
 /// Everything happened as often as it should have.
-fn assert_exchanged(nodes: &Nodes) {
+fn assert_exchanged(nodes: &Nodes, Exchange { cycles, rounds }: Exchange) {
     let counts = [nodes.word(STARTED), nodes.word(0x608)]
         .map(|two| [two as u32, (two >> 32) as u32])
         .concat();
     assert_eq!(
         counts,
-        [CYCLES, CYCLES * ROUNDS, CYCLES * ROUNDS, CYCLES],
+        [cycles, cycles * rounds, cycles * rounds, cycles],
         "started, asked, answered, NMIs"
     );
     assert_eq!(nodes.word(0x628) as u32, 0, "interrupts nobody sent");
@@ -103,25 +111,61 @@ fn assert_exchanged(nodes: &Nodes) {
 
 #[test]
 fn two_nodes_exchange_a_thousand_interrupts() {
-    let nodes = exchange();
+    let plan = Exchange { cycles: 5, rounds: 200 };
+    let nodes = exchange(plan);
     run(&nodes);
-    assert_exchanged(&nodes);
+    assert_exchanged(&nodes, plan);
     let mut expected = Vec::new();
-    for _ in 0..CYCLES {
+    for _ in 0..plan.cycles {
         expected.extend([(1, Event::Init), (1, Event::Sipi(8))]);
-        expected.extend((0..ROUNDS).map(|_| (1, Event::Fixed(0x40))));
+        expected.extend((0..plan.rounds).map(|_| (1, Event::Fixed(0x40))));
         expected.push((1, Event::Nmi));
     }
     assert_eq!(nodes.sent(0), expected);
-    assert_eq!(nodes.sent(1), vec![(0, Event::Fixed(0x50)); (CYCLES * ROUNDS) as usize]);
+    assert_eq!(nodes.sent(1), vec![(0, Event::Fixed(0x50)); (plan.cycles * plan.rounds) as usize]);
     println!("exchange: {} page transfers", nodes.transfers());
+}
+
+/// What node 0's vCPU 0 does if it is there already, while vCPU 1 is on its way from the other node: its proxy takes INIT
+/// and SIPI, or hasn't yet.
+#[test]
+fn a_vcpu_that_comes_where_it_is_being_started_is_started() {
+    let plan = Exchange { cycles: 3, rounds: 3 };
+    let nodes = exchange(plan);
+    let machines = nodes.machines();
+    machines[1].run().unwrap();
+    let (reply, outcome) = std::sync::mpsc::channel();
+    let reply = Box::new(move |outcome| {
+        let _ = reply.send(outcome);
+    });
+    machines[0].migrate(1, 0, reply).unwrap();
+    // It leaves at once; node 0's vCPUs are not running yet, so nothing takes it in.
+    let until = Instant::now() + PATIENCE;
+    while machines[1].owner(1).is_none_or(|(node, _)| node != 0) {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // As the proxy's own node sends them: INIT and SIPI for 0x8000.
+    for data in [0x4500, 0x4608] {
+        let msi = kvm_msi { address_lo: 0xfee0_1000, data, ..Default::default() };
+        assert_eq!(machines[0].vm().signal_msi(msi).unwrap(), 1);
+    }
+    // vCPU 0 halts until then.
+    nodes.first().set_entry(&Entry { rip: HALT, rsi: 0 }).unwrap();
+    machines[0].run().unwrap();
+    assert!(matches!(outcome.recv_timeout(PATIENCE), Ok(Outcome::Moved { .. })));
+    while nodes.dword(STARTED) == 0 {
+        assert!(Instant::now() < until, "not started");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The same while vCPU 1 moves all the time: before it is started, while it runs and halts. Between INIT and
 /// SIPI it can't.
 #[test]
 fn vcpus_are_started_and_interrupted_wherever_they_are() {
-    let nodes = exchange();
+    let plan = Exchange { cycles: 50, rounds: 20 };
+    let nodes = exchange(plan);
     let machines = nodes.machines();
     let (stop, moved) = (AtomicBool::new(false), AtomicU32::new(0));
     std::thread::scope(|scope| {
@@ -142,7 +186,7 @@ fn vcpus_are_started_and_interrupted_wherever_they_are() {
         stop.store(true, Ordering::SeqCst);
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
-    assert_exchanged(&nodes);
+    assert_exchanged(&nodes, plan);
     println!("exchange: {} moves, {} page transfers", moved.load(Ordering::SeqCst), nodes.transfers());
 }
 
