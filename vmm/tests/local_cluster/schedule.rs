@@ -122,7 +122,8 @@ fn two_vcpus_that_write_to_one_page_in_turn_are_brought_together_and_stay() {
     assert!(explained["message"].as_str().unwrap().contains(&pair), "{explained}");
     machine.wait("faults go on", |status| faults(status).is_some_and(|faults| faults == [0.0, 0.0]));
     let status = machine.quiet();
-    assert_eq!((faults(&status), moves(&status)), (Some(vec![0.0, 0.0]), 1), "{status:#}");
+    assert_eq!(moves(&status), 1, "{status:#}");
+    machine.wait("faults have begun again", |status| faults(status).is_some_and(|faults| faults == [0.0, 0.0]));
     let log = std::fs::File::open(machine.program.place.as_path().join("log")).unwrap();
     machine.end();
     let records = BufReader::new(log).lines().map(|line| serde_json::from_str(&line.unwrap()));
@@ -139,7 +140,8 @@ fn pins_capabilities_and_off_keep_vcpus_apart() {
     let apart = |what: &str| {
         let status = machine.quiet();
         assert_eq!((places(&status), moves(&status)), (vec![0, 1], 0), "{what}: {status:#}");
-        assert!(fights(&status), "{what}: {status:#}");
+        // One measurement may have fallen into a moment in which this machine was elsewhere.
+        machine.wait(what, fights);
     };
     apart("off");
     machine.good(r#"{"cmd":"pin","vcpu":0,"node":0}"#);
@@ -161,7 +163,8 @@ fn a_crowded_host_is_relieved_and_then_nothing_moves() {
     machine.good(r#"{"cmd":"migrate","vcpu":"all","node":0}"#);
     assert_eq!(places(&machine.status()), [0; 4]);
     machine.good(r#"{"cmd":"sched","policy":"affinity"}"#);
-    let even = |status: &Value| places(status).iter().filter(|node| **node == 0).count() == 2;
+    // A new host's word and the outcome of the move come one after the other.
+    let even = |status: &Value| places(status).iter().filter(|node| **node == 0).count() == 2 && moves(status) >= 2;
     let before = machine.wait("the load does not get even", even);
     let status = machine.quiet();
     assert_eq!((places(&status), moves(&status)), (places(&before), moves(&before)), "{status:#}");
