@@ -12,6 +12,7 @@ use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
 use super::node_set::NodeSet;
 use super::tables::Tables;
+use super::whole::Awaited;
 use super::{Bug, pte};
 
 /// What this node may do with a page.
@@ -179,9 +180,8 @@ pub struct Engine<const W: usize> {
     pub(super) pending: BTreeMap<u32, Pending<W>>,
     /// Pages asked for by [`Message::Ask`], and whether somebody waits for them meanwhile: to write?
     pub(super) ahead: BTreeMap<u32, Option<bool>>,
-    /// Blocks asked for by [`Message::AskBlock`], by their first page: the pages that somebody waits for
-    /// meanwhile, and whether to write.
-    pub(super) blocks: BTreeMap<u32, BTreeMap<u32, bool>>,
+    /// Blocks asked for by [`Message::AskBlock`], by their first page.
+    pub(super) blocks: BTreeMap<u32, Awaited<W>>,
     pub(super) directory: Directory<W>,
     pub(super) tables: Tables<W>,
     pub(super) fence: Fence<W>,
@@ -416,7 +416,7 @@ impl<const W: usize> Engine<W> {
         }
     }
 
-    fn receive(
+    pub(super) fn receive(
         &mut self,
         from: NodeId,
         message: Message<W>,
@@ -429,6 +429,7 @@ impl<const W: usize> Engine<W> {
                 return bad("a page that does not exist", page);
             }
         }
+        let Some(message) = self.unless_early(from, message)? else { return Ok(()) };
         match message {
             Message::Machine(bytes) => out.deliver.push((from, bytes)),
             Message::Get { page, write, table } => self.home_get(from, page, write, table, memory, out)?,

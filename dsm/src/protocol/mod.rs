@@ -58,4 +58,6 @@ pub enum Bug {
     AwaitLostSharer,
     /// Home reads a block it gives away before it is frozen, not after.
     BlockBeforeFreeze,
+    /// What home asks of a block's new owner before the block has come is forgotten.
+    EarlyForgotten,
 }

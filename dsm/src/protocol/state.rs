@@ -6,7 +6,7 @@ use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -57,7 +57,7 @@ impl<const W: usize> Engine<W> {
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
             && engine.fence.fits(engine.me, geometry)
             && engine.pending.keys().chain(engine.ahead.keys()).chain(engine.given.keys()).all(|page| (*page as usize) < pages)
-            && engine.blocks.iter().all(|(first, waits)| engine.block_from(*first).is_some_and(|block| waits.keys().all(|page| block.contains(page))))
+            && engine.blocks.iter().all(|(first, awaited)| engine.block_from(*first).is_some_and(|block| awaited.fits(&block)))
             && engine.directory.fits(engine.me, geometry)
             && engine.tables.fits(geometry)
             && engine.access.iter().filter(|access| **access == Access::Replicated).count() == engine.tables.len()
@@ -172,8 +172,8 @@ mod tests {
         let state = engine(&geometry).save();
         let other = Geometry::new(&[(0, 8)], &[5, 3]);
         assert_eq!(Engine::restore(state.clone(), &other), Err(StateError::Shape));
-        let newer = EngineState { version: 5, ..state.clone() };
-        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(5)));
+        let newer = EngineState { version: 6, ..state.clone() };
+        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(6)));
         let text = serde_json::to_string(&state).unwrap();
         for (from, to) in [
             (r#""taken":["#, r#""taken":[0,"#),

@@ -4,11 +4,17 @@
 //! gives it if all of its pages are home's alone, and none is busy, a page table, or goes from writer to
 //! writer. It takes the block out of the guest's memory in one go, and that freezes it; from then on the
 //! asker owns all pages. It is page by page what home does with a write request for a page that only home
-//! has: nobody says Done, since whatever home sends the asker about these pages comes behind the block. A
-//! refusal changes nothing anywhere.
+//! has, and nobody says Done. A refusal changes nothing anywhere.
+//!
+//! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
+//! messages, and come after such that were sent later (never before such that were sent sooner). Only three of these can be about its pages: what home asks
+//! of an owner ([`Message::Fetch`], [`Message::Invalidate`], [`Message::Recall`]). The asker, who has no page of the
+//! block and none under way, can't be meant as anything but its owner to be: it keeps them until the block is there.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
 
 use super::Bug;
 use super::block_data::BlockData;
@@ -17,6 +23,26 @@ use super::memory::Memory;
 use super::message::{Message, NodeId};
 use super::node_set::NodeSet;
 use super::place::Place;
+
+/// Most messages kept for one block: far more than nodes have requests under way.
+const MOST_EARLY: usize = 1 << 16;
+
+/// A block that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) struct Awaited<const W: usize> {
+    /// The pages that somebody here waits for meanwhile, and whether to write.
+    waits: BTreeMap<u32, bool>,
+    /// What home asks of the block's owner, in its order.
+    early: Vec<Message<W>>,
+}
+
+impl<const W: usize> Awaited<W> {
+    /// Whether it is about pages of this block alone.
+    pub(super) fn fits(&self, block: &Range<u32>) -> bool {
+        let early = self.early.iter().map(|message| message.page());
+        self.waits.keys().map(|page| Some(*page)).chain(early).all(|page| page.is_some_and(|page| block.contains(&page)))
+    }
+}
 
 impl<const W: usize> Engine<W> {
     /// The block that starts with a page, if one does and all its pages exist and have one home.
@@ -39,9 +65,32 @@ impl<const W: usize> Engine<W> {
     /// Somebody touches a page. Whether it may be coming with its block: then that is waited for.
     pub(super) fn await_block(&mut self, page: u32, write: bool) -> bool {
         let first = self.block_of(page);
-        let Some(waits) = self.blocks.get_mut(&first) else { return false };
-        *waits.entry(page).or_default() |= write;
+        let Some(awaited) = self.blocks.get_mut(&first) else { return false };
+        *awaited.waits.entry(page).or_default() |= write;
         true
+    }
+
+    /// A message that has come. `None`: it is for the owner of a block that is on its way here, and is kept.
+    pub(super) fn unless_early(&mut self, from: NodeId, message: Message<W>) -> Result<Option<Message<W>>, ProtocolError> {
+        let page = match message {
+            Message::Fetch { page, .. } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => page,
+            _ => return Ok(Some(message)),
+        };
+        if self.blocks.is_empty() || from != self.geometry.home(page) {
+            return Ok(Some(message));
+        }
+        let first = self.block_of(page);
+        match self.blocks.get_mut(&first) {
+            None => Ok(Some(message)),
+            Some(_) if self.bug == Some(Bug::EarlyForgotten) => Ok(None),
+            Some(awaited) if awaited.early.len() >= MOST_EARLY => {
+                Err(ProtocolError { from, what: "too much asked of the owner of a block that has not come", page })
+            }
+            Some(awaited) => {
+                awaited.early.push(message);
+                Ok(None)
+            }
+        }
     }
 
     /// Blocks asked for that have not come yet.
@@ -65,7 +114,7 @@ impl<const W: usize> Engine<W> {
         if askable.is_none() {
             return out.not_given.push(first);
         }
-        self.blocks.insert(first, BTreeMap::new());
+        self.blocks.insert(first, Awaited { waits: BTreeMap::new(), early: Vec::new() });
         self.counters.blocks_asked += 1;
         self.send(self.geometry.home(first), Message::AskBlock { page: first }, memory, out);
     }
@@ -141,12 +190,15 @@ impl<const W: usize> Engine<W> {
         if from != self.geometry.home(first) {
             return bad;
         }
-        let (Some(waiting), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
+        let (Some(awaited), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
         let Some(data) = data else {
+            if !awaited.early.is_empty() {
+                return Err(ProtocolError { from, what: "a GivenBlock that is none, for a page it took for ours", page: first });
+            }
             self.counters.blocks_refused += 1;
             out.not_given.push(first);
             // Somebody came for these meanwhile: now it is a fault like any other.
-            waiting.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
+            awaited.waits.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
             return Ok(());
         };
         if data.pages().len() != block.len() {
@@ -157,15 +209,15 @@ impl<const W: usize> Engine<W> {
         self.counters.blocks_in += 1;
         self.counters.pages_in += block.len() as u64;
         out.completed.extend(block);
-        Ok(())
+        awaited.early.into_iter().try_for_each(|message| self.receive(from, message, memory, out))
     }
 
     /// `home` is lost: its blocks don't come.
     pub(super) fn end_blocks(&mut self, home: NodeId, out: &mut Output<W>) {
         let asked: Vec<u32> = self.blocks.keys().copied().filter(|first| self.geometry.home(*first) == home).collect();
         for first in asked {
-            let waiting = self.blocks.remove(&first).unwrap_or_default();
-            waiting.into_keys().for_each(|page| self.fail(page, out));
+            let waits = self.blocks.remove(&first).map(|awaited| awaited.waits).unwrap_or_default();
+            waits.into_keys().for_each(|page| self.fail(page, out));
         }
     }
 }
@@ -288,6 +340,31 @@ mod tests {
     }
 
     #[test]
+    fn what_home_asks_of_the_owner_of_a_block_waits_until_it_is_there() {
+        let mut reader = Node::new(1);
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        let fetch = Message::Fetch {
+            page: 3,
+            requester: 2,
+            write: false,
+            acks: NodeSet::new(),
+            alone: false,
+            table: false,
+            done: false,
+            migratory: false,
+        };
+        assert_eq!(reader.hear(0, fetch.clone()), Ok(vec![]));
+        assert_eq!(reader.hear(0, Message::Invalidate { page: 3, requester: 2 }), Ok(vec![]));
+        assert_eq!(reader.hear(2, fetch), Err("Fetch"), "not its home");
+        let sends = reader.hear(0, given(2, &[[7], [8]])).unwrap();
+        assert!(matches!(&sends[..], [(2, Message::Data { page: 3, data, .. }), (2, Message::InvalidateAck { page: 3 })] if **data == [3]), "{sends:?}");
+        assert_eq!((reader.0.access(2), reader.0.access(3), reader.0.quiet()), (Access::Exclusive, Access::Invalid, true));
+        reader.step(Input::AheadBlock { first: 4 }).unwrap();
+        reader.hear(0, Message::Invalidate { page: 4, requester: 0 }).unwrap();
+        assert_eq!(reader.hear(0, refused(4)), Err("a GivenBlock that is none, for a page it took for ours"));
+    }
+
+    #[test]
     fn after_a_refusal_who_waits_asks_as_for_any_page() {
         let mut reader = Node::new(1);
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
@@ -328,11 +405,19 @@ mod tests {
         let mut reader = Node::new(1);
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
         reader.step(Input::Fault { page: 3, write: true }).unwrap();
+        reader.hear(0, Message::Invalidate { page: 2, requester: 0 }).unwrap();
         let text = serde_json::to_string(&reader.0.save()).unwrap();
         assert_eq!(Engine::restore(serde_json::from_str(&text).unwrap(), &geometry()), Ok(reader.0));
-        let written = r#""blocks":{"2":{"3":true}}"#;
+        let written = r#""blocks":{"2":{"waits":{"3":true},"early":[{"Invalidate":{"page":2,"requester":0}}]}}"#;
         assert!(text.contains(written), "{text}");
-        for damaged in [r#""blocks":{"3":{}}"#, r#""blocks":{"10":{}}"#, r#""blocks":{"2":{"4":true}}"#, r#""blocks":{"90":{}}"#] {
+        for damaged in [
+            r#""blocks":{"3":{"waits":{},"early":[]}}"#,
+            r#""blocks":{"10":{"waits":{},"early":[]}}"#,
+            r#""blocks":{"2":{"waits":{"4":true},"early":[]}}"#,
+            r#""blocks":{"2":{"waits":{},"early":[{"Invalidate":{"page":4,"requester":0}}]}}"#,
+            r#""blocks":{"2":{"waits":{},"early":[{"Freed":{"id":2}}]}}"#,
+            r#""blocks":{"90":{"waits":{},"early":[]}}"#,
+        ] {
             let state: EngineState<1> = serde_json::from_str(&text.replace(written, damaged)).unwrap();
             assert_eq!(Engine::restore(state, &geometry()), Err(StateError::Shape), "{damaged}");
         }

@@ -97,6 +97,7 @@ fn planted_bugs_are_found() {
         (Bug::KeepWhileUpgrading, false),
         (Bug::AwaitLostSharer, true),
         (Bug::BlockBeforeFreeze, false),
+        (Bug::EarlyForgotten, false),
     ];
     for (bug, losses) in bugs {
         let found = (0..RUNS).find_map(|seed| {

@@ -201,8 +201,9 @@ pub struct World {
     events: BinaryHeap<Reverse<(u64, u64)>>,
     what: HashMap<u64, Event>,
     made: u64,
-    /// When the last message from one node to another arrives.
-    channels: HashMap<(usize, usize), u64>,
+    /// When the last message from one node to another arrives; whole blocks go another way, on which they overtake
+    /// nothing.
+    channels: HashMap<(usize, usize, bool), u64>,
     lost: BTreeSet<usize>,
     failed: BTreeSet<(usize, u32)>,
     /// Machine messages: sent and received of every pair.
@@ -500,9 +501,10 @@ impl World {
         }
         // Mostly near, now and then late.
         let delay = if self.rng.u8(..16) == 0 { self.rng.u64(5..1000) } else { self.rng.u64(5..80) };
-        let last = self.channels.entry((from, to)).or_default();
-        let when = (self.now + delay).max(*last);
-        *last = when;
+        let is_block = matches!(message, Message::GivenBlock { data: Some(_), .. });
+        let last = |block: bool| self.channels.get(&(from, to, block)).copied().unwrap_or_default();
+        let when = (self.now + delay).max(last(false)).max(if is_block { last(true) } else { 0 });
+        self.channels.insert((from, to, is_block), when);
         self.at(when, Event::Arrive { from, to, bytes, fault, depth });
     }
 }

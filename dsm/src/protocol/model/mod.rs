@@ -88,6 +88,7 @@ fn story(start: World, steps: &[Option<Step>], mut number: usize) -> String {
     for (action, intrusion) in path.into_iter().rev() {
         lines.push(match action {
             Action::Deliver(f, t) => format!("  {f} to {t}: {:?} {intrusion:?}", world.channels[f][t].front()),
+            Action::DeliverBlock(f, t) => format!("  {f} to {t}, the block: {:?} {intrusion:?}", world.blocks[f][t].front()),
             Action::Lose(node) => format!("  node {node} is lost"),
             Action::Learn(node) => format!("  node {node} learns of it {intrusion:?}"),
             Action::Cpu(c) => format!("  CPU {c}: {:?} {intrusion:?}", world.cpus[c].program[world.cpus[c].at]),

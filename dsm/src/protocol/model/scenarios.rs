@@ -292,6 +292,49 @@ fn a_block_read_before_it_is_frozen_is_caught() {
     is_caught("a block before it is frozen", world, Bug::BlockBeforeFreeze, 1, |_| Ok(()));
 }
 
+/// What home asks of the block's new owner, for others and for itself, comes before the block.
+#[test]
+fn what_a_blocks_new_owner_is_asked_is_kept_until_it_has_the_block() {
+    for homes in [&[2, 0, 0][..], &[0, 2, 0]] {
+        let mut world = data(
+            homes,
+            vec![
+                Cpu::new(0, &[Store(X, 0, 1), Load(X, 0), Increment(Y, 0)]),
+                Cpu::new(1, &[AheadBlock(X), Increment(Y, 0)]),
+                Cpu::new(2, &[Load(X, 0), Load(X, 0), Increment(Y, 0)]),
+            ],
+        );
+        world.take_zeros_by(1, 2);
+        holds("a block's new owner is asked", world, 0, |w| {
+            require(w.value(Y, 0) == 3, || format!("{} of 3 increments", w.value(Y, 0)))
+        });
+    }
+}
+
+#[test]
+fn a_block_on_its_way_is_given_up_when_it_has_come() {
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1), Free(X), AwaitInterrupt, Load(X, 0)]),
+        Cpu::new(1, &[AheadBlock(X), Load(Y, 0)]),
+    ];
+    for homes in [&[2, 0][..], &[2, 0, 0]] {
+        let mut world = World::new(homes, &[], 0..0, cpus.clone());
+        world.take_zeros_by(1, 2);
+        holds("a block on its way given up", world, 1, |_| Ok(()));
+    }
+}
+
+#[test]
+fn what_is_asked_of_the_owner_of_a_block_on_its_way_forgotten_is_caught() {
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1), Load(X, 0)]),
+        Cpu::new(1, &[AheadBlock(X), Load(Y, 0)]),
+    ];
+    let mut world = data(&[2, 0], cpus);
+    world.take_zeros_by(1, 2);
+    is_caught("a request before its block forgotten", world, Bug::EarlyForgotten, 0, |_| Ok(()));
+}
+
 #[test]
 fn pages_fetched_together_and_taken_beside_others_are_as_coherent() {
     for homes in [&[2, 0][..], &[0, 2], &[3, 0]] {

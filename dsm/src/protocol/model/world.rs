@@ -128,6 +128,8 @@ pub struct World {
     pub memories: Vec<Vec<Option<Mapped>>>,
     /// `channels[from][to]`.
     pub channels: Vec<Vec<VecDeque<Message<W>>>>,
+    /// Whole blocks go another way, on which they overtake nothing: behind how many messages of the channel each is.
+    pub blocks: Vec<Vec<VecDeque<(usize, Message<W>)>>>,
     pub cpus: Vec<Cpu>,
     /// What the guest's stores, in their order, have led to; `None` if pages become replicated tables,
     /// whose copies may differ.
@@ -312,6 +314,8 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
 pub enum Action {
     Cpu(usize),
     Deliver(usize, usize),
+    /// A whole block comes, which what was sent later may have overtaken.
+    DeliverBlock(usize, usize),
     /// A node is lost, with what is on its way to it. What it sent may still arrive, up to any point.
     Lose(usize),
     /// A node's transport finds out.
@@ -337,6 +341,7 @@ impl World {
             engines,
             memories,
             channels: vec![vec![VecDeque::new(); n]; n],
+            blocks: vec![vec![VecDeque::new(); n]; n],
             cpus,
             latest: None,
             mortal: vec![],
@@ -378,7 +383,7 @@ impl World {
     pub fn print(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.engines.iter().for_each(|peer| peer.print.hash(&mut hasher));
-        (&self.memories, &self.channels, &self.cpus, &self.latest, self.lost, &self.failed).hash(&mut hasher);
+        (&self.memories, &self.channels, &self.blocks, &self.cpus, &self.latest, self.lost, &self.failed).hash(&mut hasher);
         hasher.finish()
     }
 
@@ -393,7 +398,7 @@ impl World {
     pub fn node_of(&self, action: Action) -> usize {
         match action {
             Action::Cpu(c) => self.cpus[c].node,
-            Action::Deliver(_, to) => to,
+            Action::Deliver(_, to) | Action::DeliverBlock(_, to) => to,
             Action::Lose(node) | Action::Learn(node) => node,
         }
     }
@@ -416,10 +421,13 @@ impl World {
             }
         });
         let n = self.engines.len();
-        let heads = (0..n).flat_map(|f| (0..n).map(move |t| (f, t))).filter(|&(f, t)| !self.channels[f][t].is_empty());
+        let pairs = || (0..n).flat_map(|f| (0..n).map(move |t| (f, t)));
+        let heads = pairs().filter(|&(f, t)| !self.channels[f][t].is_empty());
+        let blocks = pairs().filter(|&(f, t)| self.blocks[f][t].front().is_some_and(|(behind, _)| *behind == 0));
         let lose = self.mortal.iter().filter(|_| self.lost.is_none());
         cpus.map(Action::Cpu)
             .chain(heads.map(|(f, t)| Action::Deliver(f, t)))
+            .chain(blocks.map(|(f, t)| Action::DeliverBlock(f, t)))
             .chain(lose.map(|node| Action::Lose(*node)))
             .chain((0..n).filter(|node| self.unaware(*node)).map(Action::Learn))
             .collect()
@@ -467,8 +475,12 @@ impl World {
                     Tried::Progress | Tried::Waiting => 0,
                 }
             }
-            Action::Deliver(from, to) => {
-                let message = self.channels[from][to].pop_front().expect("a head");
+            Action::Deliver(from, to) | Action::DeliverBlock(from, to) => {
+                let message = match action {
+                    Action::Deliver(..) => self.next(from, to),
+                    _ => self.blocks[from][to].pop_front().map(|(_, block)| block),
+                };
+                let message = message.expect("a head");
                 // Across the wire and back: the codec is part of what ships.
                 let mut bytes = Vec::new();
                 message.encode(&mut bytes);
@@ -479,6 +491,7 @@ impl World {
                 self.lost = Some(node);
                 self.memories[node].fill(None);
                 self.channels.iter_mut().for_each(|to| to[node].clear());
+                self.blocks.iter_mut().for_each(|to| to[node].clear());
                 self.cpus.iter_mut().filter(|cpu| cpu.node == node).for_each(|cpu| cpu.dead = true);
                 0
             }
@@ -501,7 +514,11 @@ impl World {
         for (to, message) in out.sends {
             assert_ne!(usize::from(to), node, "a message to itself left the engine");
             if self.lost != Some(usize::from(to)) {
-                self.channels[node][usize::from(to)].push_back(message);
+                let channel = &mut self.channels[node][usize::from(to)];
+                match message {
+                    Message::GivenBlock { data: Some(_), .. } => self.blocks[node][usize::from(to)].push_back((channel.len(), message)),
+                    _ => channel.push_back(message),
+                }
             }
         }
         for page in out.failed {
@@ -511,6 +528,7 @@ impl World {
         for lost in out.lost {
             // It is over with what that one sent.
             self.channels[usize::from(lost)][node].clear();
+            self.blocks[usize::from(lost)][node].clear();
         }
         self.skip_known();
         for cpu in out.freed {
@@ -525,13 +543,21 @@ impl World {
     /// To be told of a loss again changes nothing, whenever it happens: no order of that has to be tried.
     fn skip_known(&mut self) {
         let Some(lost) = self.lost else { return };
-        for (to, _) in self.engines.iter().enumerate().filter(|(_, peer)| peer.lost().next().is_some()) {
-            for from in self.channels.iter_mut() {
-                while matches!(from[to].front(), Some(Message::NodeLost { node }) if usize::from(*node) == lost) {
-                    from[to].pop_front();
+        for to in (0..self.engines.len()).filter(|to| self.engines[*to].lost().next().is_some()).collect::<Vec<_>>() {
+            for from in 0..self.channels.len() {
+                while matches!(self.channels[from][to].front(), Some(Message::NodeLost { node }) if usize::from(*node) == lost) {
+                    self.next(from, to);
                 }
             }
         }
+    }
+
+    /// The next message of a channel.
+    fn next(&mut self, from: usize, to: usize) -> Option<Message<W>> {
+        for (behind, _) in &mut self.blocks[from][to] {
+            *behind = behind.saturating_sub(1);
+        }
+        self.channels[from][to].pop_front()
     }
 
     /// One writer or many readers, for every page that is not a replicated table.
