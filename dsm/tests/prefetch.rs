@@ -9,7 +9,7 @@ use krg_dsm::lending::LendingCounters;
 use krg_dsm::memory::GuestRam;
 use krg_dsm::node::{Client, Dsm, DsmError, Start};
 use krg_dsm::protocol::Counters;
-use krg_dsm::transport::{Config, TcpTransport, Transport};
+use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 
 /// Pages of each node.
 const PAGES: u32 = 8192;
@@ -36,10 +36,10 @@ struct Node {
 }
 
 impl Node {
-    fn new(me: usize, stream: TcpStream, room: u32) -> Self {
+    fn new(me: usize, streams: Streams, room: u32) -> Self {
         let ram = Arc::new(GuestRam::new(&[(0, 2 * BYTES)], true).unwrap());
         let mut peers = vec![None, None];
-        peers[1 - me] = Some(stream);
+        peers[1 - me] = Some(streams);
         let transport = Arc::new(TcpTransport::new(peers, Config::default()).unwrap());
         let guest = Arc::new(Guest::default());
         let dsm = Dsm::new(me, ram, transport.clone());
@@ -66,8 +66,10 @@ fn two() -> [Node; 2] {
 /// The same with room for so many copies at each.
 fn with_room(pages: u32) -> [Node; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let far = listener.accept().unwrap().0;
+    let pair = || (TcpStream::connect(listener.local_addr().unwrap()).unwrap(), listener.accept().unwrap().0);
+    let ((near, far), (near_blocks, far_blocks)) = (pair(), pair());
+    let near = Streams { messages: near, blocks: Some(near_blocks) };
+    let far = Streams { messages: far, blocks: Some(far_blocks) };
     let nodes = [Node::new(0, near, pages), Node::new(1, far, pages)];
     for page in PAGES..2 * PAGES {
         nodes[1].word(page).store(u64::from(page), SeqCst);

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use krg_dsm::transport::{
-    Config, HEARTBEAT, Handler, LostReason, MAX_PAYLOAD, Malformed, PeerEvent, SendError, TcpTransport, Transport,
+    Body, Config, HEARTBEAT, Handler, LostReason, MAX_PAYLOAD, Malformed, PeerEvent, SendError, Streams, TcpTransport, Transport,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -67,11 +67,12 @@ fn against_bare_peer(config: Config) -> (TcpTransport, mpsc::Receiver<News>, Tcp
     (transport, news, far)
 }
 
+/// Two nodes with two streams between them.
 fn two_nodes(config: Config) -> [TcpTransport; 2] {
-    let (near, far) = pair();
+    let ((near, far), (near_blocks, far_blocks)) = (pair(), pair());
     [
-        TcpTransport::new(vec![None, Some(near)], config).unwrap(),
-        TcpTransport::new(vec![Some(far), None], config).unwrap(),
+        TcpTransport::new(vec![None, Some(Streams { messages: near, blocks: Some(near_blocks) })], config).unwrap(),
+        TcpTransport::new(vec![Some(Streams { messages: far, blocks: Some(far_blocks) }), None], config).unwrap(),
     ]
 }
 
@@ -307,4 +308,81 @@ fn every_peer_has_its_own_stream() {
         senders.sort_unstable();
         assert_eq!(senders, (0..3).filter(|peer| *peer != node).collect::<Vec<_>>());
     }
+}
+
+/// A handler that takes no frame of class 2 until it is told to.
+struct Slow(Recorder, Mutex<mpsc::Receiver<()>>);
+
+impl Handler for Slow {
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        if class == 2 {
+            let _ = self.1.lock().unwrap().recv_timeout(PATIENCE);
+        }
+        self.0.frame(peer, class, payload);
+    }
+
+    fn event(&self, event: PeerEvent) {
+        self.0.event(event);
+    }
+}
+
+#[test]
+fn nothing_waits_behind_blocks() {
+    let [one, two] = two_nodes(Config::default());
+    let _ours = record(&one);
+    let ((sender, news), (go, told)) = (mpsc::channel(), mpsc::channel());
+    two.start(Arc::new(Slow(Recorder(Mutex::new(sender)), Mutex::new(told)))).unwrap();
+    // More than sockets hold, and the other node takes in none of it.
+    let body: Body = Arc::new(vec![7u8; MAX_PAYLOAD - 1]);
+    const BLOCKS: u8 = 48;
+    for number in 0..BLOCKS {
+        one.send_from(1, 2, &[number], &body, 0..MAX_PAYLOAD).unwrap();
+    }
+    assert!(one.count(1).queued > 0);
+    for number in 0..10 {
+        one.send(1, 1, &[&[number]]).unwrap();
+        assert_eq!(news.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 1, vec![number]));
+    }
+    // Then they come, in their order, and are counted with the others.
+    for number in 0..BLOCKS {
+        go.send(()).unwrap();
+        let News::Frame(0, 2, payload) = news.recv_timeout(PATIENCE).unwrap() else { panic!("something else") };
+        assert_eq!((payload[0], payload.len()), (number, MAX_PAYLOAD));
+    }
+    let (out, into) = (one.count(1), two.count(0));
+    assert_eq!((out.class(1).frames_out, out.class(2).frames_out), (10, u64::from(BLOCKS)));
+    assert_eq!((into.class(1).frames_in, into.class(2).frames_in), (10, u64::from(BLOCKS)));
+}
+
+#[test]
+fn last_words_come_although_the_other_stream_has_ended() {
+    let ((near, far), (near_blocks, far_blocks)) = (pair(), pair());
+    let streams = Streams { messages: near, blocks: Some(near_blocks) };
+    let transport = TcpTransport::new(vec![None, Some(streams)], Config::default()).unwrap();
+    let news = record(&transport);
+    drop(far_blocks);
+    thread::sleep(Duration::from_millis(50));
+    (&far).write_all(&[1, 0, 0, 0, 9, 42]).unwrap();
+    drop(far);
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), News::Frame(1, 9, vec![42]));
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), lost(LostReason::Closed));
+    transport.shutdown();
+    assert_eq!(news.try_iter().count(), 0, "reported twice");
+}
+
+#[test]
+fn a_peer_whose_blocks_can_not_come_any_more_is_lost() {
+    let ((near, mut far), (near_blocks, far_blocks)) = (pair(), pair());
+    let streams = Streams { messages: near, blocks: Some(near_blocks) };
+    let transport = TcpTransport::new(vec![None, Some(streams)], quick()).unwrap();
+    let news = record(&transport);
+    drop(far_blocks);
+    let beats = thread::spawn(move || while far.write_all(&[0, 0, 0, 0, HEARTBEAT]).is_ok() {
+        thread::sleep(Duration::from_millis(100));
+    });
+    assert_eq!(news.recv_timeout(PATIENCE).unwrap(), lost(LostReason::Closed));
+    assert!(matches!(transport.send(1, 1, &[b"x"]), Err(SendError::Gone { peer: 1 })));
+    transport.shutdown();
+    beats.join().unwrap();
+    assert_eq!(news.try_iter().count(), 0, "reported twice");
 }

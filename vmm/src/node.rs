@@ -14,12 +14,12 @@ mod single;
 mod tsc;
 pub mod wire;
 
-use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use krg_dsm::node::DsmError;
+use krg_dsm::transport::Streams;
 use krg_scheduler::Placement;
 use serde::{Deserialize, Serialize};
 
@@ -210,7 +210,7 @@ pub enum NodeEnd {
 /// stopped and every file is closed.
 pub fn run(
     spec: NodeSpec,
-    peers: Vec<Option<TcpStream>>,
+    peers: Vec<Option<Streams>>,
     input: Receiver<NodeInput>,
     output: Arc<dyn NodeOutput>,
 ) -> NodeEnd {

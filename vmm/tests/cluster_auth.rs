@@ -7,16 +7,17 @@ use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Streams;
 use krg_vmm::cluster::daemon::{Daemon, DaemonHandle};
 use krg_vmm::cluster::handshake::{
-    self, DialError, HANDSHAKE_LIMIT, HELLO_SIZE, HandshakeError, Hello, MAGIC, PROTOCOL_VERSION, Role,
+    self, DialError, HANDSHAKE_LIMIT, HELLO_SIZE, HandshakeError, Hello, MAGIC, PROTOCOL_VERSION, PeerStream, Role,
 };
 use krg_vmm::cluster::link::{Incoming, Link};
 use krg_vmm::cluster::message::{FromNode, ToNode};
 use krg_vmm::cluster::secret::Secret;
 use krg_vmm::node::{NodeEnd, NodeInput, NodeOutput, NodeSpec};
 
-fn no_machine(_: NodeSpec, _: Vec<Option<TcpStream>>, _: Receiver<NodeInput>, _: Arc<dyn NodeOutput>) -> NodeEnd {
+fn no_machine(_: NodeSpec, _: Vec<Option<Streams>>, _: Receiver<NodeInput>, _: Arc<dyn NodeOutput>) -> NodeEnd {
     NodeEnd::PowerOff
 }
 
@@ -92,14 +93,12 @@ fn the_right_secret_gets_in_and_a_wrong_one_does_not() {
 #[test]
 fn a_peer_needs_a_session() {
     let node = Node::start();
-    let role = Role::Peer {
-        from: 1,
-        to: 0,
-        session: [0; 32],
-    };
-    // Not even with the cluster's secret.
-    assert!(handshake::dial(node.address, role, &secret(1)).is_err());
-    assert!(handshake::dial(node.address, role, &secret(1).peer_key(&[0; 32])).is_err());
+    for stream in [PeerStream::Messages, PeerStream::Blocks] {
+        let role = Role::Peer { from: 1, to: 0, session: [0; 32], stream };
+        // Not even with the cluster's secret.
+        assert!(handshake::dial(node.address, role, &secret(1)).is_err());
+        assert!(handshake::dial(node.address, role, &secret(1).peer_key(&[0; 32])).is_err());
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Streams;
 use krg_scheduler::Request;
 use krg_vmm::cluster::front::{self, Options};
 use krg_vmm::cluster::report::Reporter;
@@ -31,14 +32,14 @@ const HANG: &str = "hang";
 /// A machine that does what it is told on its console, and tells its peers.
 fn machine(
     spec: NodeSpec,
-    peers: Vec<Option<TcpStream>>,
+    peers: Vec<Option<Streams>>,
     input: Receiver<NodeInput>,
     output: Arc<dyn NodeOutput>,
 ) -> NodeEnd {
     let (sender, ends) = channel();
     let mut writers: Vec<TcpStream> = Vec::new();
     for (number, peer) in peers.into_iter().enumerate() {
-        let Some(mut peer) = peer else { continue };
+        let Some(Streams { messages: mut peer, .. }) = peer else { continue };
         writers.push(peer.try_clone().unwrap());
         let sender = sender.clone();
         thread::spawn(move || {

@@ -1,8 +1,9 @@
 //! Pages and blocks asked for ahead of streams, and blocks on their way.
 //!
 //! A block is more than a frame may have, and too much to be copied as a message: it goes as pieces of its own
-//! class straight out of its slot, and lands in another one. Behind its last piece it is the message of the
-//! protocol, in its place among the others.
+//! class straight out of its slot, and lands in another one. The pieces may go another way than the messages, which
+//! don't wait behind them. A piece without content has the message's place among the others: once that has come,
+//! and all of the block has, it is the message of the protocol.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -27,8 +28,40 @@ const PIECE: usize = 128 << 10;
 /// The block's first page and the piece's offset before it.
 const PIECE_HEAD: usize = 8;
 
-/// Blocks of which a part has come, by the peer: first page and content.
-pub(super) type Landings = HashMap<usize, (u32, Landing)>;
+/// Blocks of one peer that have come, or messages of such, one without the other, at most: more than are ever under
+/// way.
+const MOST_WAITING: usize = 64;
+
+/// Blocks on their way from other nodes.
+pub(super) type Landings = HashMap<usize, Arrivals>;
+
+/// Those of one peer.
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    /// A part of it has come: first page and content.
+    landing: Option<(u32, Landing)>,
+    /// All of it has, but not its message.
+    landed: VecDeque<(u32, BlockData<PAGE_WORDS>)>,
+    /// Its message has come, but not all of it.
+    due: VecDeque<u32>,
+}
+
+impl Arrivals {
+    /// The next block of which both is there. `None`: one that was not sent so.
+    fn next(&mut self) -> Option<Option<(u32, BlockData<PAGE_WORDS>)>> {
+        if self.landed.len() > MOST_WAITING || self.due.len() > MOST_WAITING {
+            return None;
+        }
+        match (self.landed.front(), self.due.front()) {
+            (Some((page, _)), Some(due)) if page == due => {
+                self.due.pop_front();
+                Some(self.landed.pop_front())
+            }
+            (Some(_), Some(_)) => None,
+            _ => Some(None),
+        }
+    }
+}
 
 /// What streams have still to ask for. Blocks go behind pages, which somebody reads sooner.
 #[derive(Debug, Default)]
@@ -121,26 +154,38 @@ impl Dsm {
     pub(super) fn send_block(&self, to: usize, page: u32, data: BlockData<PAGE_WORDS>) {
         let len = data.pages().as_bytes().len();
         let body: Body = Arc::new(Leaving(data));
+        if let Err(error) = self.transport.send(to, BLOCK, &[&piece_head(page, 0)]) {
+            tracing::debug!(%error, "a block was not sent");
+            return;
+        }
         for offset in (0..len).step_by(PIECE) {
-            let mut head = [0; PIECE_HEAD];
-            head[..4].copy_from_slice(&page.to_le_bytes());
-            head[4..].copy_from_slice(&(offset as u32).to_le_bytes());
-            if let Err(error) = self.transport.send_from(to, BLOCK, &head, &body, offset..offset + PIECE) {
+            if let Err(error) = self.transport.send_from(to, BLOCK, &piece_head(page, offset), &body, offset..offset + PIECE) {
                 tracing::debug!(%error, "a block was not sent");
                 return;
             }
         }
     }
 
-    /// A piece of a block has come. The blocks of one peer come one after the other.
+    /// A piece of a block has come, or its place among the messages. The blocks of one peer come one after the other.
     pub(super) fn block_piece(&self, peer: usize, payload: &[u8]) {
-        let landed = match self.land(peer, payload) {
-            Ok(landed) => landed,
-            Err(error) => return self.fail(error),
-        };
-        if let Some((page, data)) = landed {
-            let message = Message::GivenBlock { page, data: Some(data) };
-            self.step(peer, Input::Message { from: peer as NodeId, message });
+        let malformed = DsmError::Malformed { from: peer, reason: Malformed };
+        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else { return self.fail(malformed) };
+        let [a, b, c, d, e, f, g, h] = *head;
+        let (page, offset) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]) as usize);
+        if piece.is_empty() {
+            self.landings().entry(peer).or_default().due.push_back(page);
+        } else if let Err(error) = self.land(peer, page, offset, piece) {
+            return self.fail(error);
+        }
+        // Whichever of the two receivers comes later takes the step, with no lock of the landings.
+        let next = self.landings().entry(peer).or_default().next();
+        match next {
+            None => self.fail(malformed),
+            Some(None) => {}
+            Some(Some((page, data))) => {
+                let message = Message::GivenBlock { page, data: Some(data) };
+                self.step(peer, Input::Message { from: peer as NodeId, message });
+            }
         }
     }
 
@@ -148,30 +193,37 @@ impl Dsm {
         self.landings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn land(&self, peer: usize, payload: &[u8]) -> Result<Option<Landed>, DsmError> {
+    fn land(&self, peer: usize, page: u32, offset: usize, piece: &[u8]) -> Result<(), DsmError> {
         let malformed = DsmError::Malformed { from: peer, reason: Malformed };
-        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else { return Err(malformed) };
-        let [a, b, c, d, e, f, g, h] = *head;
-        let (page, offset) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]) as usize);
-        let landing = self.landings().remove(&peer);
+        let landing = self.landings().entry(peer).or_default().landing.take();
         let mut landing = match landing {
             Some((of, landing)) if of == page && offset > 0 => landing,
             None if offset == 0 => {
                 // Only who was asked has a block to send, and that is after the start.
                 let slots = self.lock().as_ref().map(|state| state.memory.slots().clone());
-                let Some(slots) = slots else { return Ok(None) };
+                let Some(slots) = slots else { return Ok(()) };
                 Landing::new(slots.take().map_err(DsmError::Memory)?)
             }
             _ => return Err(malformed),
         };
-        // Without a lock: it is filled by the receiver of this peer alone.
+        // Without a lock: it is filled by one receiver of this peer alone.
         landing.add(offset, piece).ok_or(malformed)?;
-        if landing.is_full() {
-            return Ok(Some((page, landing.into_block())));
+        let mut landings = self.landings();
+        let arrivals = landings.entry(peer).or_default();
+        match landing.is_full() {
+            true => arrivals.landed.push_back((page, landing.into_block())),
+            false => arrivals.landing = Some((page, landing)),
         }
-        self.landings().insert(peer, (page, landing));
-        Ok(None)
+        Ok(())
     }
+}
+
+/// What a piece begins with.
+fn piece_head(page: u32, offset: usize) -> [u8; PIECE_HEAD] {
+    let mut head = [0; PIECE_HEAD];
+    head[..4].copy_from_slice(&page.to_le_bytes());
+    head[4..].copy_from_slice(&(offset as u32).to_le_bytes());
+    head
 }
 
 /// A block while it is sent.
@@ -182,9 +234,6 @@ impl AsRef<[u8]> for Leaving {
         self.0.pages().as_bytes()
     }
 }
-
-/// A block that has come whole: its first page, and the content.
-type Landed = (u32, BlockData<PAGE_WORDS>);
 
 // A piece is part of a block, and fits a frame.
 const _: () = assert!(BLOCK_BYTES % PIECE == 0 && PIECE + PIECE_HEAD <= crate::transport::MAX_PAYLOAD);

@@ -15,6 +15,17 @@ pub struct ClassCount {
     pub bytes_in: u64,
 }
 
+impl ClassCount {
+    fn plus(self, other: ClassCount) -> ClassCount {
+        ClassCount {
+            frames_out: self.frames_out + other.frames_out,
+            bytes_out: self.bytes_out + other.bytes_out,
+            frames_in: self.frames_in + other.frames_in,
+            bytes_in: self.bytes_in + other.bytes_in,
+        }
+    }
+}
+
 /// What went to and came from one peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerCount {
@@ -35,14 +46,19 @@ impl PeerCount {
 
     /// All classes together.
     pub fn total(&self) -> ClassCount {
-        self.classes
-            .iter()
-            .fold(ClassCount::default(), |sum, (_, count)| ClassCount {
-                frames_out: sum.frames_out + count.frames_out,
-                bytes_out: sum.bytes_out + count.bytes_out,
-                frames_in: sum.frames_in + count.frames_in,
-                bytes_in: sum.bytes_in + count.bytes_in,
-            })
+        self.classes.iter().fold(ClassCount::default(), |sum, (_, count)| sum.plus(*count))
+    }
+
+    /// Of two streams of the same peer.
+    pub(crate) fn plus(mut self, other: PeerCount) -> PeerCount {
+        for (class, count) in other.classes {
+            match self.classes.binary_search_by_key(&class, |(at, _)| *at) {
+                Ok(at) => self.classes[at].1 = self.classes[at].1.plus(count),
+                Err(at) => self.classes.insert(at, (class, count)),
+            }
+        }
+        self.queued += other.queued;
+        self
     }
 }
 

@@ -2,9 +2,11 @@
 //!
 //! A frame is a class (what kind of message, for dispatch and counting) and a payload. The
 //! coherence protocol relies on the order: what node A sends to node B arrives in the order in
-//! which A's calls of [`Transport::send`] returned, or the stream ends.
+//! which A's calls of [`Transport::send`] returned, or the stream ends. Long frames that somebody waits for less
+//! urgently ([`Transport::send_from`]) may go another way, on which only they keep their order.
 
 mod counters;
+mod ends;
 mod frame;
 mod link;
 mod queue;
@@ -17,7 +19,7 @@ pub use counters::{ClassCount, PeerCount};
 pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
 pub use queue::Body;
 pub use socket::prepare;
-pub use tcp::{Config, TcpTransport};
+pub use tcp::{Config, Streams, TcpTransport};
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -51,6 +53,7 @@ pub trait Transport: Send + Sync {
     }
 
     /// Like [`Transport::send`] for a frame of `head` and a part of `body` that may be sent later, from where it is.
+    /// Such frames arrive in their order, but before or after others that were sent at other times.
     ///
     /// # Errors
     /// As for [`Transport::send`].
@@ -68,7 +71,8 @@ pub trait Transport: Send + Sync {
 }
 
 /// Receives frames and news of peers. Calls for one peer come one at a time and in order, those
-/// for different peers at the same time. It may send; the longer it takes, the longer frames of
+/// for different peers at the same time, and so do those for frames of [`Transport::send_from`] and others of the
+/// same peer. It may send; the longer it takes, the longer frames of
 /// that peer wait, but the peer does not count as silent meanwhile.
 pub trait Handler: Send + Sync {
     /// A frame has come. The payload may hold anything: check it.

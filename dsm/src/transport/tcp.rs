@@ -1,4 +1,6 @@
-//! The transport over TCP: a receiver and a writer thread per peer.
+//! The transport over TCP: two streams per peer, each with a receiver and a writer thread. Frames that may take long
+//! have a stream of their own, so that no other waits behind them: neither in a queue, nor in a socket's buffer, nor
+//! for a lost packet, nor for the thread that takes them in.
 
 use std::io::{ErrorKind, Read};
 use std::net::{Shutdown, TcpStream};
@@ -10,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::errno::Errno;
 use crate::transport::counters::PeerCount;
+use crate::transport::ends::Ends;
 use crate::transport::frame::{Decoder, HEADER, HEARTBEAT};
 use crate::transport::link::Link;
 use crate::spin::Spin;
@@ -43,16 +46,57 @@ impl Default for Config {
     }
 }
 
+/// The streams to one peer.
+#[derive(Debug)]
+pub struct Streams {
+    /// For all frames in their order.
+    pub messages: TcpStream,
+    /// For those of [`Transport::send_from`]; without it they go among the others.
+    pub blocks: Option<TcpStream>,
+}
+
+impl From<TcpStream> for Streams {
+    fn from(messages: TcpStream) -> Self {
+        Streams { messages, blocks: None }
+    }
+}
+
 /// TCP streams to all peers.
 ///
 /// The threads keep the [`Handler`] alive until [`Transport::shutdown`], which has to be called if
 /// the handler owns this transport.
 #[derive(Debug)]
 pub struct TcpTransport {
-    links: Vec<Option<Arc<Link>>>,
+    peers: Vec<Option<Peer>>,
     config: Config,
     stopping: Arc<AtomicBool>,
     threads: Mutex<Threads>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    messages: Arc<Link>,
+    blocks: Option<Arc<Link>>,
+    ends: Arc<Ends>,
+}
+
+impl Peer {
+    fn new(peer: usize, streams: Streams, config: Config) -> Result<Self, TransportError> {
+        // Zero would mean no timeout.
+        let step = (config.silence / STEPS).max(Duration::from_millis(1));
+        let link = |stream: TcpStream| {
+            socket::prepare(&stream, step).map_err(|(option, errno)| TransportError::Option { peer, option, errno })?;
+            Ok(Arc::new(Link::new(peer, stream, config)))
+        };
+        let (messages, blocks) = (link(streams.messages)?, streams.blocks.map(link).transpose()?);
+        let ends = Arc::new(Ends::new(std::iter::once(&messages).chain(&blocks).cloned().collect()));
+        Ok(Peer { messages, blocks, ends })
+    }
+
+    /// The one with the messages first.
+    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        std::iter::once(&self.messages).chain(&self.blocks)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -68,28 +112,45 @@ impl TcpTransport {
     ///
     /// # Errors
     /// A stream that refuses an option.
-    pub fn new(peers: Vec<Option<TcpStream>>, config: Config) -> Result<Self, TransportError> {
-        let mut links = Vec::with_capacity(peers.len());
-        for (peer, stream) in peers.into_iter().enumerate() {
-            let Some(stream) = stream else {
-                links.push(None);
-                continue;
-            };
-            // Zero would mean no timeout.
-            let step = (config.silence / STEPS).max(Duration::from_millis(1));
-            socket::prepare(&stream, step).map_err(|(option, errno)| TransportError::Option { peer, option, errno })?;
-            links.push(Some(Arc::new(Link::new(peer, stream, config))));
-        }
+    pub fn new<S: Into<Streams>>(peers: Vec<Option<S>>, config: Config) -> Result<Self, TransportError> {
+        let peers = peers.into_iter().enumerate();
+        let peers = peers.map(|(peer, streams)| streams.map(|streams| Peer::new(peer, streams.into(), config)).transpose());
         Ok(Self {
-            links,
+            peers: peers.collect::<Result<_, _>>()?,
             config,
             stopping: Arc::default(),
             threads: Mutex::default(),
         })
     }
 
+    fn peer(&self, number: usize) -> Result<&Peer, SendError> {
+        self.peers.get(number).and_then(Option::as_ref).ok_or(SendError::NoPeer { peer: number })
+    }
+
     fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
-        self.links.iter().flatten()
+        self.peers.iter().flatten().flat_map(Peer::links)
+    }
+
+    fn start_threads(&self, threads: &mut Threads, handler: &Arc<dyn Handler>) -> Result<(), TransportError> {
+        for (number, peer) in self.peers.iter().enumerate() {
+            let Some(peer) = peer else { continue };
+            for (stream, link) in peer.links().enumerate() {
+                let writer = Arc::clone(link);
+                let name = |what: &str| format!("dsm-{what}-{number}{}", ["", "b"][stream]);
+                threads.writers.push(spawn(name("send"), move || writer.write_loop())?);
+                let receiver = Receiver {
+                    peer: number,
+                    stream,
+                    link: Arc::clone(link),
+                    ends: Arc::clone(&peer.ends),
+                    handler: Arc::clone(handler),
+                    stopping: Arc::clone(&self.stopping),
+                    silence: self.config.silence,
+                };
+                threads.receivers.push(spawn(name("recv"), move || receiver.run())?);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -99,24 +160,7 @@ impl Transport for TcpTransport {
         if std::mem::replace(&mut threads.started, true) {
             return Err(TransportError::Started);
         }
-        let result = self.links.iter().enumerate().try_for_each(|(peer, link)| {
-            let Some(link) = link else { return Ok(()) };
-            let writer = Arc::clone(link);
-            threads
-                .writers
-                .push(spawn(format!("dsm-send-{peer}"), move || writer.write_loop())?);
-            let receiver = Receiver {
-                peer,
-                link: Arc::clone(link),
-                handler: Arc::clone(&handler),
-                stopping: Arc::clone(&self.stopping),
-                silence: self.config.silence,
-            };
-            threads
-                .receivers
-                .push(spawn(format!("dsm-recv-{peer}"), move || receiver.run())?);
-            Ok(())
-        });
+        let result = self.start_threads(&mut threads, &handler);
         drop(threads);
         if result.is_err() {
             self.shutdown();
@@ -125,31 +169,21 @@ impl Transport for TcpTransport {
     }
 
     fn send(&self, to: usize, class: u8, parts: &[&[u8]]) -> Result<(), SendError> {
-        match self.links.get(to) {
-            Some(Some(link)) => link.send(class, parts),
-            _ => Err(SendError::NoPeer { peer: to }),
-        }
+        self.peer(to)?.messages.send(class, parts)
     }
 
     fn send_together(&self, to: usize, class: u8, frames: &[Vec<u8>]) -> Result<(), SendError> {
-        match self.links.get(to) {
-            Some(Some(link)) => link.send_together(class, frames),
-            _ => Err(SendError::NoPeer { peer: to }),
-        }
+        self.peer(to)?.messages.send_together(class, frames)
     }
 
     fn send_from(&self, to: usize, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
-        match self.links.get(to) {
-            Some(Some(link)) => link.send_from(class, head, body, part),
-            _ => Err(SendError::NoPeer { peer: to }),
-        }
+        let peer = self.peer(to)?;
+        peer.blocks.as_ref().unwrap_or(&peer.messages).send_from(class, head, body, part)
     }
 
     fn count(&self, peer: usize) -> PeerCount {
-        self.links
-            .get(peer)
-            .and_then(Option::as_ref)
-            .map_or_else(PeerCount::default, |link| link.count())
+        let links = self.peers.get(peer).into_iter().flatten().flat_map(Peer::links);
+        links.map(|link| link.count()).reduce(PeerCount::plus).unwrap_or_default()
     }
 
     fn shutdown(&self) {
@@ -191,7 +225,10 @@ impl Drop for TcpTransport {
 
 struct Receiver {
     peer: usize,
+    /// 0: the one with the messages.
+    stream: usize,
     link: Arc<Link>,
+    ends: Arc<Ends>,
     handler: Arc<dyn Handler>,
     stopping: Arc<AtomicBool>,
     silence: Duration,
@@ -201,8 +238,8 @@ impl Receiver {
     fn run(&self) {
         crate::priority::raise();
         let event = self.receive();
-        self.link.end();
-        if !self.stopping.load(Ordering::SeqCst) {
+        let last = self.ends.end(self.stream, event, self.silence);
+        if let Some(event) = last.filter(|_| !self.stopping.load(Ordering::SeqCst)) {
             self.handler.event(event);
         }
     }
@@ -218,7 +255,8 @@ impl Receiver {
         let mut silent_steps = 0;
         let mut spin = Spin::new();
         loop {
-            let looked = spin.look(|| socket::receive_now(&self.link.stream, decoder.space()));
+            // Blocks nobody waits for that urgently.
+            let looked = if self.stream == 0 { spin.look(|| socket::receive_now(&self.link.stream, decoder.space())) } else { None };
             let received = looked.unwrap_or_else(|| {
                 let received = (&self.link.stream).read(decoder.space());
                 spin.woken();

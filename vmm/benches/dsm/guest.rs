@@ -33,6 +33,14 @@ pub enum Touch {
     Fill = 3,
     /// Waits until the word at the job's base is even (odd, with `add` 1), then raises it; timed.
     Turns = 4,
+    /// Loads a word of every cache line, and of every 512th page stores one; only the whole job is timed.
+    Mixed = 5,
+}
+
+impl Touch {
+    fn is_timed_as_a_whole(self) -> bool {
+        matches!(self, Touch::Scan | Touch::Fill | Touch::Mixed)
+    }
 }
 
 /// A job: touches of pages `base + 4096 * index`, where `index` starts at `start` and becomes
@@ -107,7 +115,7 @@ impl Job {
 
     /// Pairs of times it leaves behind.
     pub fn timed(&self) -> u64 {
-        if matches!(self.touch, Touch::Scan | Touch::Fill) {
+        if self.touch.is_timed_as_a_whole() {
             1
         } else {
             self.count
@@ -137,7 +145,7 @@ pub fn build(memory: u64, shares: &[u64]) -> Result<MicroGuest, MicroError> {
 
 fn program(asm: &mut CodeAssembler, vcpu: usize, job: u64) -> Result<(), MicroError> {
     let mut next = asm.create_label();
-    let kinds = [Touch::Read, Touch::Write, Touch::Scan, Touch::Fill, Touch::Turns];
+    let kinds = [Touch::Read, Touch::Write, Touch::Scan, Touch::Fill, Touch::Turns, Touch::Mixed];
     let mut labels = kinds.map(|_| asm.create_label());
     asm.mov(rbx, job)?;
     asm.set_label(&mut next)?;
@@ -181,8 +189,8 @@ fn time(asm: &mut CodeAssembler) -> Result<(), MicroError> {
 
 /// One kind of job: base r9, count r10, multiplier r11, increment r12, mask r13, results r14, index r15.
 fn body(asm: &mut CodeAssembler, touch: Touch) -> Result<(), MicroError> {
-    let (mut again, mut line) = (asm.create_label(), asm.create_label());
-    let whole = matches!(touch, Touch::Scan | Touch::Fill);
+    let (mut again, mut line, mut only_read) = (asm.create_label(), asm.create_label(), asm.create_label());
+    let whole = touch.is_timed_as_a_whole();
     if whole {
         time(asm)?;
         asm.mov(rdi, rax)?;
@@ -199,13 +207,19 @@ fn body(asm: &mut CodeAssembler, touch: Touch) -> Result<(), MicroError> {
     match touch {
         Touch::Read => asm.mov(rax, qword_ptr(rcx))?,
         Touch::Write => asm.mov(qword_ptr(rcx), rcx)?,
-        Touch::Scan | Touch::Fill => {
+        Touch::Scan | Touch::Fill | Touch::Mixed => {
+            if touch == Touch::Mixed {
+                asm.test(r15, 511)?;
+                asm.jnz(only_read)?;
+                asm.mov(qword_ptr(rcx), rcx)?;
+                asm.set_label(&mut only_read)?;
+            }
             asm.mov(rsi, 64u64)?;
             asm.set_label(&mut line)?;
-            if touch == Touch::Scan {
-                asm.mov(rax, qword_ptr(rcx))?;
-            } else {
+            if touch == Touch::Fill {
                 asm.mov(qword_ptr(rcx), rcx)?;
+            } else {
+                asm.mov(rax, qword_ptr(rcx))?;
             }
             asm.add(rcx, 64)?;
             asm.dec(rsi)?;

@@ -13,6 +13,7 @@ mod frames;
 mod guest;
 mod node;
 mod peer;
+mod shared;
 mod stream;
 
 use std::net::{SocketAddr, TcpListener};
@@ -46,6 +47,9 @@ struct Options {
     /// What joins the nodes; RDMA needs --listen and --peer at addresses of RDMA devices
     #[arg(long, value_enum, default_value_t = Kind::Tcp)]
     transport: Kind,
+    /// Whole blocks go over the same TCP stream as all else
+    #[arg(long)]
+    one_stream: bool,
     /// Wait here for a second node on another host, instead of starting one on this
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -64,6 +68,8 @@ enum Part {
     Faults,
     /// Bandwidth of reading the other node's memory
     Stream,
+    /// A working set that two vCPUs share
+    Shared,
 }
 
 /// Everything a measurement needs.
@@ -95,14 +101,14 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let vcpus = usize::from(options.vcpus);
     if let Some(address) = options.peer {
-        return peer::work(address, vcpus, options.transport);
+        return peer::work(address, vcpus, options.transport, options.one_stream);
     }
     let listener = TcpListener::bind(options.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))))?;
     let second = match options.listen {
         Some(_) => None,
         None => {
             let program = std::env::current_exe().context("this program's path")?;
-            let words = [
+            let mut words = vec![
                 "--peer".into(),
                 listener.local_addr()?.to_string(),
                 "--vcpus".into(),
@@ -110,6 +116,7 @@ fn main() -> anyhow::Result<()> {
                 "--transport".into(),
                 options.transport.name().to_lowercase(),
             ];
+            words.extend(options.one_stream.then(|| "--one-stream".into()));
             Some(Second(
                 Command::new(program)
                     .args(words)
@@ -119,7 +126,8 @@ fn main() -> anyhow::Result<()> {
         }
     };
     let streams = Streams::accept(&listener)?;
-    let node = Node::new(0, vcpus, options.transport, streams.memory)?;
+    let blocks = Some(streams.blocks).filter(|_| !options.one_stream);
+    let node = Node::new(0, vcpus, options.transport, streams.memory, blocks)?;
     let mut peer = Peer::new(streams.control)?;
     peer.answer().context("starting the second node")?;
     let mut bench = Bench {
@@ -133,11 +141,15 @@ fn main() -> anyhow::Result<()> {
         transport: options.transport,
         one_clock: second.is_some(),
     };
-    if options.only != Some(Part::Stream) {
+    let wanted = |part| options.only.is_none_or(|only| only == part);
+    if wanted(Part::Faults) {
         faults::measure(&mut bench)?;
     }
-    if options.only != Some(Part::Faults) {
+    if wanted(Part::Stream) {
         stream::measure(&mut bench)?;
+    }
+    if wanted(Part::Shared) && vcpus > 1 {
+        shared::measure(&mut bench)?;
     }
     Ok(())
 }

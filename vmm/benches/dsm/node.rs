@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow, bail};
 use krg_dsm::memory::GuestRam;
 use krg_dsm::node::{Client, Dsm, DsmError, Start};
 use krg_dsm::transport::rdma::RdmaTransport;
-use krg_dsm::transport::{Config, TcpTransport, Transport};
+use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 use serde::{Deserialize, Serialize};
 use krg_guest_kernel::micro::{MicroGuest, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
@@ -271,17 +271,15 @@ pub fn run(ram: &GuestRam, gate: &Gate, share: u64, jobs: &[(usize, Job)]) -> an
 }
 
 impl Node {
-    /// Node `me`, joined to the other by `stream`.
-    pub fn new(me: usize, vcpus: usize, kind: Kind, stream: TcpStream) -> anyhow::Result<Self> {
+    /// Node `me`, joined to the other by `messages`, and for whole blocks over TCP by `blocks`.
+    pub fn new(me: usize, vcpus: usize, kind: Kind, messages: TcpStream, blocks: Option<TcpStream>) -> anyhow::Result<Self> {
         let placement = placement(vcpus);
         let gate = Gate::new(placement.cpus() as usize);
         let ram = Arc::new(GuestRam::new(&[(0, placement.memory())], true)?);
         let (machine, micro, ends) = machine(&placement, me, &ram, &gate)?;
-        let mut peers = vec![None, None];
-        peers[1 - me] = Some(stream);
         let transport: Arc<dyn Transport> = match kind {
-            Kind::Tcp => Arc::new(TcpTransport::new(peers, Config::default())?),
-            Kind::Rdma => Arc::new(RdmaTransport::connect(peers, Config::default())?),
+            Kind::Tcp => Arc::new(TcpTransport::new(to_other(me, Streams { messages, blocks }), Config::default())?),
+            Kind::Rdma => Arc::new(RdmaTransport::connect(to_other(me, messages), Config::default())?),
         };
         let dsm = Dsm::new(me, ram, transport.clone());
         let listener = Listener {
@@ -323,6 +321,11 @@ impl Node {
     pub fn ticks_per_us(&self) -> f64 {
         f64::from(self.machine.tsc_khz()) / 1000.0
     }
+}
+
+/// A connection by the node it leads to, of two.
+fn to_other<T>(me: usize, stream: T) -> Vec<Option<T>> {
+    if me == 0 { vec![None, Some(stream)] } else { vec![Some(stream), None] }
 }
 
 impl Drop for Node {

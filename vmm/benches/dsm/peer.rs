@@ -12,10 +12,11 @@ use super::guest::Job;
 use super::node::{Kind, Node};
 
 /// Connections between the two processes; the first byte says which one it is.
-const ROLES: [u8; 3] = [CONTROL, MEMORY, FLOOR];
+const ROLES: [u8; 4] = [CONTROL, MEMORY, FLOOR, BLOCKS];
 const CONTROL: u8 = 1;
 const MEMORY: u8 = 2;
 const FLOOR: u8 = 3;
+const BLOCKS: u8 = 4;
 
 /// What the first node asks of the second.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,6 +44,8 @@ pub struct Streams {
     pub control: TcpStream,
     pub memory: TcpStream,
     pub floor: TcpStream,
+    /// For whole blocks of the memory.
+    pub blocks: TcpStream,
 }
 
 impl Streams {
@@ -59,10 +62,10 @@ impl Streams {
                 .with_context(|| format!("{from} is no node of ours"))?;
             streams[at] = Some(stream);
         }
-        let [Some(control), Some(memory), Some(floor)] = streams else {
+        let [Some(control), Some(memory), Some(floor), Some(blocks)] = streams else {
             bail!("a connection is missing")
         };
-        Ok(Streams { control, memory, floor })
+        Ok(Streams { control, memory, floor, blocks })
     }
 
     /// Goes to the first process.
@@ -76,14 +79,16 @@ impl Streams {
             control: connect(CONTROL)?,
             memory: connect(MEMORY)?,
             floor: connect(FLOOR)?,
+            blocks: connect(BLOCKS)?,
         })
     }
 }
 
-/// The second process: works until the first closes its connection. `vcpus`: those of node 0.
-pub fn work(address: SocketAddr, vcpus: usize, kind: Kind) -> anyhow::Result<()> {
+/// The second process: works until the first closes its connection. `vcpus`: those of node 0; `one_stream`: blocks
+/// go among the messages.
+pub fn work(address: SocketAddr, vcpus: usize, kind: Kind, one_stream: bool) -> anyhow::Result<()> {
     let streams = Streams::connect(address)?;
-    let node = Node::new(1, vcpus, kind, streams.memory)?;
+    let node = Node::new(1, vcpus, kind, streams.memory, Some(streams.blocks).filter(|_| !one_stream))?;
     let floor = streams.floor;
     std::thread::spawn(move || floor::serve(kind, floor));
     let mut answer = streams.control.try_clone()?;

@@ -1,6 +1,7 @@
 //! Bandwidth of reading another node's memory.
 
 use super::Bench;
+use super::figures::Times;
 use super::guest::{ARENA, Job, Touch};
 use super::node::SHARE;
 
@@ -8,6 +9,8 @@ use super::node::SHARE;
 const PAGES: u64 = 8192;
 const MANY_PAGES: u64 = 32768;
 const STRIDE: u64 = 4;
+/// Pages among which there are misses beside a stream: a quarter of them in each round.
+const MISSES: u64 = 4096;
 const BASE: u64 = SHARE + ARENA;
 
 /// Bytes and microseconds.
@@ -72,6 +75,37 @@ impl Scan {
     }
 }
 
+/// Read misses of vCPU 0 while vCPU 1 reads a long stream, and those before and after it.
+fn beside_a_stream(bench: &mut Bench) -> anyhow::Result<()> {
+    let (mut alone, mut beside, mut moved) = (Times::new(), Times::new(), Moved::default());
+    let scattered = |round: u64| Job::scattered(Touch::Read, BASE + MANY_PAGES * 4096, MISSES, MISSES / 4, round * 977);
+    let scan = Job::forward(Touch::Scan, BASE, MANY_PAGES);
+    for round in 0..bench.rounds {
+        let misses = scattered(round);
+        bench.peer.run(Job::forward(Touch::Fill, BASE, MANY_PAGES))?;
+        bench.peer.run(Job { touch: Touch::Write, ..misses })?;
+        let pairs = bench.node.run(&[(0, misses), (1, scan)])?;
+        let ticks = bench.node.ticks_per_us();
+        let us = |(from, to): (u64, u64)| to.saturating_sub(from) as f64 / ticks;
+        let (from, to) = pairs[1].first().copied().unwrap_or_default();
+        moved.add(MANY_PAGES, us((from, to)));
+        for touch in &pairs[0] {
+            // Who is through while the other reads on, or begins later, has it to itself.
+            let times = if touch.0 >= from && touch.1 <= to { &mut beside } else { &mut alone };
+            times.add(us(*touch));
+        }
+        bench.peer.run(Job { touch: Touch::Write, ..misses })?;
+        for touch in bench.node.run(&[(0, misses)])?.iter().flatten() {
+            alone.add(us(*touch));
+        }
+    }
+    let figures = &bench.figures;
+    figures.section("Read misses of one vCPU while another reads 128 MiB; the floor is the same without it");
+    figures.times("read miss beside a stream", &beside, Some(alone.three()));
+    figures.plain("the stream", moved.rate(), "MB/s");
+    Ok(())
+}
+
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let mut bare = Moved::default();
     let mut scans = [
@@ -109,5 +143,8 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.plain("of those not given", counters.prefetches_refused as f64, "pages");
     figures.plain("of those used", accuracy.used as f64, "pages");
     figures.plain("of those wasted", accuracy.wasted as f64, "pages");
-    Ok(())
+    match bench.vcpus {
+        1 => Ok(()),
+        _ => beside_a_stream(bench),
+    }
 }

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Streams;
+
 use super::errno;
 use super::handshake::{self, Deadline, HANDSHAKE_LIMIT, Role};
 use super::mesh::Acceptance;
@@ -34,7 +36,7 @@ pub trait Runner: Send + Sync + 'static {
     fn run(
         &self,
         spec: NodeSpec,
-        peers: Vec<Option<TcpStream>>,
+        peers: Vec<Option<Streams>>,
         input: Receiver<NodeInput>,
         output: Arc<dyn NodeOutput>,
     ) -> NodeEnd;
@@ -42,7 +44,7 @@ pub trait Runner: Send + Sync + 'static {
 
 impl<F> Runner for F
 where
-    F: Fn(NodeSpec, Vec<Option<TcpStream>>, Receiver<NodeInput>, Arc<dyn NodeOutput>) -> NodeEnd
+    F: Fn(NodeSpec, Vec<Option<Streams>>, Receiver<NodeInput>, Arc<dyn NodeOutput>) -> NodeEnd
         + Send
         + Sync
         + 'static,
@@ -50,7 +52,7 @@ where
     fn run(
         &self,
         spec: NodeSpec,
-        peers: Vec<Option<TcpStream>>,
+        peers: Vec<Option<Streams>>,
         input: Receiver<NodeInput>,
         output: Arc<dyn NodeOutput>,
     ) -> NodeEnd {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use krg_dsm::transport::Streams;
 use krg_scheduler::{Placement, Request};
 use serde_json::{Value, json};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -259,7 +260,7 @@ fn here(options: &Options, runner: Arc<dyn Runner>, events: &Events) -> Result<(
         let (input, typed) = channel();
         let (runner, spec, sender) = (runner.clone(), spec.clone(), events.sender.clone());
         let output = Arc::new(Here(sender.clone()));
-        let peers: Vec<Option<TcpStream>> = vec![None];
+        let peers: Vec<Option<Streams>> = vec![None];
         thread::Builder::new()
             .name("machine".into())
             .spawn(move || {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::secret::{Secret, random_bytes};
 
 /// Version of everything that nodes and front ends say to each other.
-pub const PROTOCOL_VERSION: u16 = 6;
+pub const PROTOCOL_VERSION: u16 = 7;
 /// A handshake that takes longer is dropped, however slowly its bytes trickle in.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// First bytes of either side.
@@ -41,7 +41,18 @@ pub enum Role {
         to: u32,
         /// Which session.
         session: [u8; 32],
+        /// What goes over it.
+        stream: PeerStream,
     },
+}
+
+/// What goes over a connection between two nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerStream {
+    /// All messages, in their order.
+    Messages,
+    /// Whole blocks of memory, behind which nothing else is to wait.
+    Blocks,
 }
 
 /// Why a connection was not accepted.
@@ -99,8 +110,11 @@ impl Hello {
         let mut frame = [0; HELLO_SIZE];
         frame[..8].copy_from_slice(&MAGIC);
         frame[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
-        if let Role::Peer { from, to, session } = self.role {
-            frame[10] = 1;
+        if let Role::Peer { from, to, session, stream } = self.role {
+            frame[10] = match stream {
+                PeerStream::Messages => 1,
+                PeerStream::Blocks => 2,
+            };
             frame[12..16].copy_from_slice(&from.to_le_bytes());
             frame[16..20].copy_from_slice(&to.to_le_bytes());
             frame[32..64].copy_from_slice(&session);
@@ -128,10 +142,11 @@ impl Hello {
         nonce.copy_from_slice(&frame[64..]);
         let role = match frame[10] {
             0 => Role::Control,
-            1 => Role::Peer {
+            kind @ (1 | 2) => Role::Peer {
                 from: word(12),
                 to: word(16),
                 session,
+                stream: if kind == 1 { PeerStream::Messages } else { PeerStream::Blocks },
             },
             _ => return Err(HandshakeError::Malformed),
         };

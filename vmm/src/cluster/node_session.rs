@@ -10,10 +10,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Streams;
+
 use super::daemon::{Claim, STOP_LIMIT, Shared};
 use super::handshake::HANDSHAKE_LIMIT;
 use super::link::{Incoming, Link, LinkSender};
-use super::mesh::{self, Acceptance, PeerResult};
+use super::mesh::{self, Acceptance, Mesh, PeerResult};
 use super::message::{FromNode, Prepare, ToNode};
 use crate::node::{MoveAnswer, NodeEnd, NodeInput, NodeLoad, NodeOutput};
 
@@ -44,7 +46,7 @@ struct Offered;
 /// Peers may connect; the front end may send `Connect`.
 struct Prepared(Box<Prepare>);
 /// All peers are here; the front end may send `Start`.
-struct Ready(Box<Prepare>, Vec<Option<TcpStream>>);
+struct Ready(Box<Prepare>, Vec<Option<Streams>>);
 
 struct Session<S> {
     shared: Arc<Shared>,
@@ -161,7 +163,7 @@ fn unexpected(event: Event) -> Over {
         Event::FrontEnd(Incoming::Message(ToNode::Stop(reason))) => Over::Gone(reason),
         Event::FrontEnd(Incoming::Message(other)) => Over::Refuse(format!("message {} out of turn", other.name())),
         Event::Peer(Err(line)) => Over::Refuse(line),
-        Event::Peer(Ok((from, _))) => Over::Refuse(format!("node {from} connected out of turn")),
+        Event::Peer(Ok((from, ..))) => Over::Refuse(format!("node {from} connected out of turn")),
         Event::Ended(_) => Over::Refuse("a machine ended that was not running".into()),
     }
 }
@@ -191,11 +193,9 @@ impl Session<Offered> {
 impl Session<Prepared> {
     fn connect(self) -> Result<Session<Ready>, Over> {
         let prepare = &self.state.0;
-        let (node, hosts) = (prepare.spec.node, prepare.addresses.len());
-        let mut peers: Vec<Option<TcpStream>> = (0..hosts).map(|_| None).collect();
-        let mut missing = hosts - 1;
+        let mut mesh = Mesh::new(prepare);
         let mut end = None;
-        while missing > 0 || end.is_none() {
+        while mesh.missing().is_some() || end.is_none() {
             match self.next(end)? {
                 Some(Event::FrontEnd(Incoming::Message(ToNode::Connect))) if end.is_none() => {
                     end = Some(Instant::now() + MESH_LIMIT);
@@ -205,19 +205,10 @@ impl Session<Prepared> {
                     })
                     .map_err(|error| Over::Refuse(format!("no thread to dial: {}", super::errno::describe(&error))))?;
                 }
-                Some(Event::Peer(Ok((from, stream)))) => match &mut peers[from] {
-                    // A second connection of the same number is dropped: the first one counts.
-                    Some(_) => tracing::warn!("node {from} connected twice"),
-                    place => {
-                        *place = Some(stream);
-                        missing -= 1;
-                    }
-                },
+                Some(Event::Peer(Ok((from, kind, stream)))) => mesh.add(from, kind, stream),
                 Some(event) => return Err(unexpected(event)),
                 None => {
-                    let from = (0..hosts)
-                        .find(|i| *i != node && peers[*i].is_none())
-                        .unwrap_or_default();
+                    let from = mesh.missing().unwrap_or_default();
                     let name = &prepare.spec.host_names[from];
                     let seconds = MESH_LIMIT.as_secs();
                     return Err(Over::Refuse(format!(
@@ -242,7 +233,7 @@ impl Session<Prepared> {
             link,
             events,
             sender,
-            state: Ready(prepare, peers),
+            state: Ready(prepare, mesh.into_streams()),
         })
     }
 }

@@ -5,7 +5,6 @@
 //! and says it is ready; then node 0's vCPU 0 runs, and the others wait for its SIPI.
 
 use std::collections::BTreeSet;
-use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -14,7 +13,7 @@ use std::time::{Duration, Instant};
 use krg_dsm::memory::{GuestRam, PAGE_SHIFT};
 use krg_dsm::node::{Dsm, DsmError, Start};
 use krg_dsm::transport::rdma::{RdmaError, RdmaTransport};
-use krg_dsm::transport::{Config, PeerEvent, TcpTransport, Transport, TransportError};
+use krg_dsm::transport::{Config, PeerEvent, Streams, TcpTransport, Transport, TransportError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -78,7 +77,7 @@ impl From<String> for Stop {
 
 pub(super) fn run(
     spec: &NodeSpec,
-    peers: Vec<Option<TcpStream>>,
+    peers: Vec<Option<Streams>>,
     input: Receiver<NodeInput>,
     output: &Arc<dyn NodeOutput>,
 ) -> Result<NodeEnd, String> {
@@ -126,10 +125,13 @@ pub(super) fn run(
     Ok(end)
 }
 
-fn transport(kind: NodeTransport, peers: Vec<Option<TcpStream>>) -> Result<Arc<dyn Transport>, TransportError> {
+fn transport(kind: NodeTransport, peers: Vec<Option<Streams>>) -> Result<Arc<dyn Transport>, TransportError> {
     Ok(match kind {
         NodeTransport::Tcp => Arc::new(TcpTransport::new(peers, Config::default())?),
-        NodeTransport::Rdma => Arc::new(RdmaTransport::connect(peers, Config::default())?),
+        NodeTransport::Rdma => {
+            let peers = peers.into_iter().map(|streams| Some(streams?.messages)).collect();
+            Arc::new(RdmaTransport::connect(peers, Config::default())?)
+        }
     })
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use krg_dsm::memory::{BlockCounters, GuestRam};
 use krg_dsm::node::{Client, Copies, Dsm, DsmError, Start};
 use krg_dsm::protocol::{Bug, Counters};
-use krg_dsm::transport::{Config, TcpTransport, Transport};
+use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 use krg_guest_kernel::micro::{InitialRegs, PORT_DONE, PORT_FAULT, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
 use krg_vmm::machine::boot::Entry;
@@ -408,12 +408,14 @@ pub fn migrate(asked: &Machine, vcpu: u32, to: usize) -> Result<Outcome, String>
 }
 
 /// A full mesh of loopback connections: `streams[i][j]` is node i's end to node j.
-fn mesh(nodes: usize) -> Vec<Vec<Option<TcpStream>>> {
-    let mut streams: Vec<Vec<Option<TcpStream>>> = (0..nodes).map(|_| (0..nodes).map(|_| None).collect()).collect();
+fn mesh(nodes: usize) -> Vec<Vec<Option<Streams>>> {
+    let mut streams: Vec<Vec<Option<Streams>>> = (0..nodes).map(|_| (0..nodes).map(|_| None).collect()).collect();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pair = || (TcpStream::connect(listener.local_addr().unwrap()).unwrap(), listener.accept().unwrap().0);
     for (a, b) in (0..nodes).flat_map(|b| (0..b).map(move |a| (a, b))) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        streams[a][b] = Some(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
-        streams[b][a] = Some(listener.accept().unwrap().0);
+        let ((near, far), (near_blocks, far_blocks)) = (pair(), pair());
+        streams[a][b] = Some(Streams { messages: near, blocks: Some(near_blocks) });
+        streams[b][a] = Some(Streams { messages: far, blocks: Some(far_blocks) });
     }
     streams
 }
