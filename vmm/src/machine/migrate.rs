@@ -40,6 +40,7 @@ use crate::ownership::Input;
 
 /// LAPIC registers in KVM's form.
 const ISR: usize = 0x100;
+const INTERRUPT_COMMAND: usize = 0x300;
 const LVT_TIMER: usize = 0x320;
 const INITIAL_COUNT: usize = 0x380;
 const CURRENT_COUNT: usize = 0x390;
@@ -47,6 +48,10 @@ const CURRENT_COUNT: usize = 0x390;
 const TIMER_MODE: u32 = 3 << 17;
 const ONE_SHOT: u32 = 0;
 const PERIODIC: u32 = 1 << 17;
+
+/// Bits 10-8 of the interrupt command.
+const DELIVERY_MODE: u32 = 7 << 8;
+const INIT: u32 = 5 << 8;
 
 /// x2APIC registers, as MSRs.
 const X2APIC_TPR: u32 = 0x808;
@@ -78,7 +83,14 @@ pub(crate) fn leave(shared: &Shared, vcpu: &mut Vcpu) -> Result<(), MachineError
         owners.step(id, Input::Refused);
         return Ok(());
     }
-    let state = vcpu.save_to_travel(mp_state, &shared.msrs, owners.startup.all())?;
+    let registers = vcpu.save_after_run(&shared.msrs)?;
+    // The proxy may not have noticed yet, and a vCPU of this node needs none.
+    if registers.sent_init_last() {
+        owners.step(id, Input::Refused);
+        return Ok(());
+    }
+    let state = Travelling { mp_state, startup: owners.startup.all(), registers };
+    let state = vcpu.stop_timer(state, &shared.msrs)?;
     // Nothing was pending when the LAPIC was read: that was the moment. What has come since goes as any node's, so
     // all that makes a proxy of it can wait until the state is on its way. Unless the LAPIC is off: the vCPU may switch
     // it on as soon as it runs there, and this one must take interrupts by then.
@@ -162,6 +174,11 @@ fn taking_out<'a>(shared: &'a Shared, id: u32, stop: &'a AtomicBool, sink: &'a d
 }
 
 impl Registers {
+    /// Whether the last interrupt that the vCPU sent is INIT: SIPI is to follow.
+    fn sent_init_last(&self) -> bool {
+        self.lapic(INTERRUPT_COMMAND) & DELIVERY_MODE == INIT
+    }
+
     /// The timer's LVT entry if it counts, or has counted, rather than waits for a TSC deadline.
     fn counting_timer(&self) -> Option<u32> {
         let entry = self.lapic(LVT_TIMER);
@@ -178,9 +195,8 @@ impl Travelling {
 }
 
 impl Vcpu {
-    /// All of the vCPU but what is pending, with its timer stopped. Its MP state has just been read.
-    fn save_to_travel(&mut self, mp_state: u32, msrs: &[u32], startup: u32) -> Result<Travelling, MachineError> {
-        let mut state = Travelling { mp_state, startup, registers: self.save_after_run(msrs)? };
+    /// Stops the timer of a vCPU that has just been saved; the vCPU as it is then, with the timer as it was.
+    fn stop_timer(&mut self, mut state: Travelling, msrs: &[u32]) -> Result<Travelling, MachineError> {
         let timer = state.registers.counting_timer();
         if let Some(entry) = timer {
             if entry & TIMER_MODE == PERIODIC {
@@ -189,7 +205,7 @@ impl Vcpu {
             }
             for waited in [false, true] {
                 kick::run_nothing(self)?;
-                state = Travelling { mp_state: self.mp_state()?, startup, registers: self.save_after_run(msrs)? };
+                state = Travelling { mp_state: self.mp_state()?, registers: self.save_after_run(msrs)?, ..state };
                 let ran_out = state.registers.lapic(INITIAL_COUNT) != 0 && state.registers.lapic(CURRENT_COUNT) == 0;
                 if !ran_out {
                     break;

@@ -160,6 +160,63 @@ fn a_vcpu_that_comes_where_it_is_being_started_is_started() {
     }
 }
 
+/// vCPU 0: when it is told to, sends INIT to vCPU 1, says so, and when it is told to, SIPI.
+fn slow_start() -> Result<Vec<u8>, MicroError> {
+    let mut asm = CodeAssembler::new(64)?;
+    let mut halt = asm.create_label();
+    asm.mov(ecx, 0x830)?;
+    asm.mov(edx, 1)?;
+    asm.mov(rbx, STEP)?;
+    for (step, command) in [(1, 0x4500), (3, 0x4608)] {
+        let mut wait = asm.create_label();
+        asm.set_label(&mut wait)?;
+        asm.pause()?;
+        asm.cmp(dword_ptr(rbx), step)?;
+        asm.jne(wait)?;
+        asm.mov(eax, command)?;
+        asm.wrmsr()?;
+        asm.inc(dword_ptr(rbx))?;
+    }
+    asm.set_label(&mut halt)?;
+    asm.hlt()?;
+    asm.jmp(halt)?;
+    Ok(asm.assemble(BOOT_CODE)?)
+}
+
+/// 1, 3: it is to send INIT, SIPI; 2, 4: it has.
+const STEP: u64 = 0x640;
+
+/// With vCPU 1 on the other node, whose proxy waits for SIPI, and on the same, where nothing does.
+#[test]
+fn a_vcpu_that_starts_another_stays_until_it_has() {
+    for together in [false, true] {
+        let nodes = Nodes::new(plan(2, 2), |memory| {
+            boot::write_tables(memory).unwrap();
+            put(memory, &slow_start().unwrap(), BOOT_CODE);
+            put(memory, guest::SECOND, 0x8000);
+        });
+        let machines = nodes.machines();
+        nodes.first().set_entry(&Entry { rip: BOOT_CODE, rsi: 0 }).unwrap();
+        nodes.run();
+        if together {
+            assert!(matches!(migrate(&machines[0], 1, 0), Ok(Outcome::Moved { .. })));
+        }
+        let until = Instant::now() + PATIENCE;
+        let wait = |word: u64, value: u32| {
+            while nodes.dword(word) != value {
+                assert!(Instant::now() < until, "together {together}: {word:#x} is {}", nodes.dword(word));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        nodes.store(STEP, 1);
+        wait(STEP, 2);
+        assert_eq!(migrate(&machines[0], 0, 1), Ok(Outcome::Busy), "together {together}");
+        nodes.store(STEP, 3);
+        wait(STARTED, 1);
+        assert!(matches!(migrate(&machines[0], 0, 1), Ok(Outcome::Moved { .. })), "together {together}");
+    }
+}
+
 /// The same while vCPU 1 moves all the time: before it is started, while it runs and halts. Between INIT and
 /// SIPI it can't.
 #[test]
