@@ -32,7 +32,7 @@ use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
 pub const PROTOCOL: u8 = 1;
 /// Frame class of messages outside the protocol's order (set-up, clocks).
 pub const SETUP: u8 = 2;
-/// Frame class of pieces of whole blocks, which are in the protocol's order.
+/// Frame class of pieces of whole blocks, and of their places in the protocol's order (a piece of no bytes).
 pub const BLOCK: u8 = 3;
 
 /// Roots are asked for again after this long at the earliest.
@@ -490,7 +490,9 @@ impl Dsm {
         for node in out.lost.drain(..) {
             tracing::info!(node, "nothing is shared with this node any more");
         }
-        if let Some(page) = wanted.filter(|page| result.is_ok() && engine.access(*page) == Access::Invalid) {
+        // What is kept for a block on its way takes nothing yet.
+        let is_taken = |page: &u32| engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
+        if let Some(page) = wanted.filter(|page| result.is_ok() && is_taken(page)) {
             contention.taken(page, nanos(*begun) / 1000);
         }
         for page in out.completed.drain(..) {
@@ -498,6 +500,10 @@ impl Dsm {
             let now = nanos(*begun);
             contention.arrived(page, now / 1000);
             stalls.arrived(page, now, |thread, node| contention.fetched(page, thread, node));
+            // It came with its block, and somebody had asked for it before.
+            if engine.access(page) == Access::Invalid {
+                contention.taken(page, now / 1000);
+            }
         }
         if memory.copies() != copies {
             self.copies_changed(cache, copies, memory.copies());

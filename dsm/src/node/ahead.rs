@@ -28,9 +28,10 @@ const PIECE: usize = 128 << 10;
 /// The block's first page and the piece's offset before it.
 const PIECE_HEAD: usize = 8;
 
-/// Blocks of one peer that have come, or messages of such, one without the other, at most: more than are ever under
-/// way.
-const MOST_WAITING: usize = 64;
+/// Blocks that are asked for by threads that enter one, at most.
+const ENTERED_UNDER_WAY: usize = 16;
+/// Blocks of one peer that have come, or their places, one without the other: no more than are asked for.
+const MOST_WAITING: usize = BLOCKS_UNDER_WAY + ENTERED_UNDER_WAY;
 
 /// Blocks on their way from other nodes.
 pub(super) type Landings = HashMap<usize, Arrivals>;
@@ -112,7 +113,7 @@ impl Dsm {
     pub(super) fn enter_block(&self, thread: u32, page: u32) {
         let enters = self.lock().as_ref().is_some_and(|state| {
             let (room, block) = state.may_ask(page);
-            state.predictor.wants_block(thread, page, room, block)
+            state.engine.asked_blocks() < ENTERED_UNDER_WAY && state.predictor.wants_block(thread, page, room, block)
         });
         if enters {
             self.step(self.me, Input::AheadBlock { first: page - page % BLOCK_PAGES });

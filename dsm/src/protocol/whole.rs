@@ -7,9 +7,11 @@
 //! has, and nobody says Done. A refusal changes nothing anywhere.
 //!
 //! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
-//! messages, and come after such that were sent later (never before such that were sent sooner). Only three of these can be about its pages: what home asks
-//! of an owner ([`Message::Fetch`], [`Message::Invalidate`], [`Message::Recall`]). The asker, who has no page of the
-//! block and none under way, can't be meant as anything but its owner to be: it keeps them until the block is there.
+//! messages, and come after such that were sent later (never before such that were sent sooner). Only three of
+//! these can be about its pages: what home asks of an owner ([`Message::Fetch`], [`Message::Invalidate`],
+//! [`Message::Recall`]). The asker, who has no page of the block and none under way, keeps them until home's answer
+//! is there. The first two can mean nothing but the block's owner to be; a Recall may also be about a page that the
+//! asker once had, and then it may come before a refusal.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -23,9 +25,6 @@ use super::memory::Memory;
 use super::message::{Message, NodeId};
 use super::node_set::NodeSet;
 use super::place::Place;
-
-/// Most messages kept for one block: far more than nodes have requests under way.
-const MOST_EARLY: usize = 1 << 16;
 
 /// A block that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -58,7 +57,7 @@ impl<const W: usize> Engine<W> {
     }
 
     /// Whether the page is in a block that was asked for and has not come.
-    pub(super) fn is_block_asked(&self, page: u32) -> bool {
+    pub fn is_block_asked(&self, page: u32) -> bool {
         !self.blocks.is_empty() && self.blocks.contains_key(&self.block_of(page))
     }
 
@@ -83,7 +82,8 @@ impl<const W: usize> Engine<W> {
         match self.blocks.get_mut(&first) {
             None => Ok(Some(message)),
             Some(_) if self.bug == Some(Bug::EarlyForgotten) => Ok(None),
-            Some(awaited) if awaited.early.len() >= MOST_EARLY => {
+            // Home asks for a page once at a time, and once more if whom it was for is lost.
+            Some(awaited) if awaited.early.len() >= 2 * self.zero_block as usize => {
                 Err(ProtocolError { from, what: "too much asked of the owner of a block that has not come", page })
             }
             Some(awaited) => {
@@ -192,12 +192,10 @@ impl<const W: usize> Engine<W> {
         }
         let (Some(awaited), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
         let Some(data) = data else {
-            if !awaited.early.is_empty() {
-                return Err(ProtocolError { from, what: "a GivenBlock that is none, for a page it took for ours", page: first });
-            }
             self.counters.blocks_refused += 1;
             out.not_given.push(first);
             // Somebody came for these meanwhile: now it is a fault like any other.
+            awaited.early.into_iter().try_for_each(|message| self.receive(from, message, memory, out))?;
             awaited.waits.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
             return Ok(());
         };
@@ -360,8 +358,13 @@ mod tests {
         assert!(matches!(&sends[..], [(2, Message::Data { page: 3, data, .. }), (2, Message::InvalidateAck { page: 3 })] if **data == [3]), "{sends:?}");
         assert_eq!((reader.0.access(2), reader.0.access(3), reader.0.quiet()), (Access::Exclusive, Access::Invalid, true));
         reader.step(Input::AheadBlock { first: 4 }).unwrap();
-        reader.hear(0, Message::Invalidate { page: 4, requester: 0 }).unwrap();
-        assert_eq!(reader.hear(0, refused(4)), Err("a GivenBlock that is none, for a page it took for ours"));
+        reader.hear(0, Message::Recall { page: 4, requester: 2 }).unwrap();
+        assert_eq!(reader.hear(0, refused(4)), Ok(vec![(0, Message::Kept { page: 4, requester: 2, copy: false })]));
+        reader.step(Input::AheadBlock { first: 4 }).unwrap();
+        (0..4).for_each(|_| drop(reader.hear(0, Message::Invalidate { page: 4, requester: 0 }).unwrap()));
+        let fifth = reader.hear(0, Message::Invalidate { page: 4, requester: 0 });
+        assert_eq!(fifth, Err("too much asked of the owner of a block that has not come"));
+        assert_eq!(reader.hear(0, refused(4)), Err("Invalidate"), "of what is not here");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Ends {
 #[derive(Debug, Default)]
 struct State {
     ended: usize,
+    /// Nobody waits any longer.
+    is_over: bool,
     event: Option<PeerEvent>,
 }
 
@@ -33,7 +35,7 @@ impl Ends {
         // A peer that ends closes all its streams, and its last words are on the first.
         if number > 0 && matches!(event, PeerEvent::Lost { reason: LostReason::Closed | LostReason::Broken(_), .. }) {
             let until = Instant::now() + patience;
-            while state.ended + 1 < self.links.len() && Instant::now() < until {
+            while state.ended + 1 < self.links.len() && !state.is_over && Instant::now() < until {
                 let left = until.saturating_duration_since(Instant::now());
                 state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             }
@@ -43,6 +45,12 @@ impl Ends {
         self.changed.notify_all();
         self.links.iter().for_each(|link| link.end());
         if state.ended == self.links.len() { state.event.take() } else { None }
+    }
+
+    /// This node ends all streams itself: no last words are waited for.
+    pub fn over(&self) {
+        self.lock().is_over = true;
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

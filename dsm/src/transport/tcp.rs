@@ -209,9 +209,12 @@ impl Transport for TcpTransport {
         while Instant::now() < until && threads.receivers.iter().any(|thread| !thread.is_finished()) {
             thread::sleep(Duration::from_millis(2));
         }
-        for link in self.links() {
-            // Fails if the stream is gone; otherwise it wakes the receiver.
-            let _ = link.stream.shutdown(Shutdown::Both);
+        for peer in self.peers.iter().flatten() {
+            peer.ends.over();
+            for link in peer.links() {
+                // Fails if the stream is gone; otherwise it wakes the receiver.
+                let _ = link.stream.shutdown(Shutdown::Both);
+            }
         }
         threads.receivers.drain(..).for_each(join);
     }

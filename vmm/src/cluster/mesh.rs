@@ -70,6 +70,7 @@ pub struct Acceptance {
     node: usize,
     hosts: usize,
     key: Secret,
+    streams: &'static [PeerStream],
     deliver: Box<dyn Fn(PeerResult) + Send + Sync>,
 }
 
@@ -81,6 +82,7 @@ impl Acceptance {
             node: prepare.spec.node,
             hosts: prepare.addresses.len(),
             key: secret.peer_key(&prepare.session),
+            streams: streams(prepare.spec.transport),
             deliver: Box::new(deliver),
         }
     }
@@ -98,11 +100,12 @@ impl Acceptance {
     }
 
     fn number(&self, role: &Role) -> Option<usize> {
-        let Role::Peer { from, to, session, .. } = role else {
+        let Role::Peer { from, to, session, stream } = role else {
             return None;
         };
         let (from, to) = (*from as usize, *to as usize);
-        (*session == self.session && to == self.node && from > self.node && from < self.hosts).then_some(from)
+        let is_ours = *session == self.session && to == self.node && self.streams.contains(stream);
+        (is_ours && from > self.node && from < self.hosts).then_some(from)
     }
 }
 

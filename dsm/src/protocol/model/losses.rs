@@ -84,6 +84,21 @@ fn blocks_asked_for_whole_survive_the_loss_of_any_node() {
     }
 }
 
+/// Who has given a page to one that is lost asks for its block: home's question about that page may come meanwhile.
+#[test]
+fn a_block_is_asked_for_by_the_last_owner_of_a_lost_page() {
+    for homes in [&[2, 0, 0][..], &[0, 0, 2]] {
+        let cpus = vec![
+            Cpu::new(0, &[Load(Y, 0)]),
+            Cpu::new(1, &[Store(X, 0, 1), AheadBlock(X)]),
+            Cpu::new(2, &[Store(X, 0, 2)]),
+        ];
+        let mut world = data(homes, cpus);
+        world.take_zeros_by(1, 2);
+        holds("a block asked for by a page's last owner", world.losing(ANY), 0, ends);
+    }
+}
+
 #[test]
 fn a_lost_sharers_acknowledgement_awaited_is_caught() {
     let cpus = (0..3).map(|n| Cpu::new(n, &[Load(X, 0), Increment(X, 0)])).collect();
