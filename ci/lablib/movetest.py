@@ -97,11 +97,10 @@ def lost_on_the_way(tests):
                 vcpu, node = (1, 0) if part in SOURCE else (0, 1)
                 since = time.monotonic()
                 answer = ask(client, {"cmd": "migrate", "vcpu": vcpu, "node": node})
-                status = machine.await_end(30)
+                status = machine.await_end(machinetest.LOSS_LIMIT)
                 took = time.monotonic() - since
             said = machine.said()
         assert status == 3, f"lost after {part!r}: exit status {status} instead of 3: {said[-1]}"
-        assert took < machinetest.LOSS_LIMIT, f"lost after {part!r}: {took:.1f} s until the end"
         assert address(1) in said[-1], f"lost after {part!r}: the last line doesn't name {address(1)}: {said[-1]}"
         left = [host for host in ("h0", "h1") if tests.hosts.processes(host)]
         assert not left, f"lost after {part!r}: left on {left}"
