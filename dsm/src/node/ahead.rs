@@ -48,18 +48,18 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
-    /// The next block of which both is there. `None`: one that was not sent so.
-    fn next(&mut self) -> Option<Option<(u32, BlockData<PAGE_WORDS>)>> {
+    /// The next block of which both is there, if any.
+    fn next(&mut self) -> Result<Option<(u32, BlockData<PAGE_WORDS>)>, Malformed> {
         if self.landed.len() > MOST_WAITING || self.due.len() > MOST_WAITING {
-            return None;
+            return Err(Malformed);
         }
         match (self.landed.front(), self.due.front()) {
             (Some((page, _)), Some(due)) if page == due => {
                 self.due.pop_front();
-                Some(self.landed.pop_front())
+                Ok(self.landed.pop_front())
             }
-            (Some(_), Some(_)) => None,
-            _ => Some(None),
+            (Some(_), Some(_)) => Err(Malformed),
+            _ => Ok(None),
         }
     }
 }
@@ -169,8 +169,9 @@ impl Dsm {
 
     /// A piece of a block has come, or its place among the messages. The blocks of one peer come one after the other.
     pub(super) fn block_piece(&self, peer: usize, payload: &[u8]) {
-        let malformed = DsmError::Malformed { from: peer, reason: Malformed };
-        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else { return self.fail(malformed) };
+        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else {
+            return self.fail(DsmError::Malformed { from: peer, reason: Malformed });
+        };
         let [a, b, c, d, e, f, g, h] = *head;
         let (page, offset) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]) as usize);
         if piece.is_empty() {
@@ -181,9 +182,9 @@ impl Dsm {
         // Whichever of the two receivers comes later takes the step, with no lock of the landings.
         let next = self.landings().entry(peer).or_default().next();
         match next {
-            None => self.fail(malformed),
-            Some(None) => {}
-            Some(Some((page, data))) => {
+            Err(reason) => self.fail(DsmError::Malformed { from: peer, reason }),
+            Ok(None) => {}
+            Ok(Some((page, data))) => {
                 let message = Message::GivenBlock { page, data: Some(data) };
                 self.step(peer, Input::Message { from: peer as NodeId, message });
             }
