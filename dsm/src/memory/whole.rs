@@ -15,7 +15,7 @@ impl UffdMemory {
         self.features().moves && self.ram().block_is_whole(block)
     }
 
-    /// Takes the very memory of a block whose pages are all writable; where the kernel can't do that, a copy of what
+    /// Takes the very memory of a block whose pages are all present; where the kernel can't do that, a copy of what
     /// they hold once they are frozen. Zeros after an error.
     pub(super) fn take_block_out(&mut self, block: Range<u32>) -> BlockData<PAGE_WORDS> {
         let taken = self.try_take_over(block.clone());
@@ -37,7 +37,7 @@ impl UffdMemory {
 
     fn try_take_over(&mut self, block: Range<u32>) -> Result<Option<Slot>, MemoryError> {
         for page in block.clone() {
-            self.expect(page, "take out", Access::Writable)?;
+            self.present(page, "take out")?;
         }
         if block.len() != BLOCK_PAGES as usize || !self.ram().block_is_whole(block.start / BLOCK_PAGES) {
             return Ok(None);

@@ -169,7 +169,9 @@ impl<const W: usize> Engine<W> {
         self.counters.prefetches_refused += u64::from((wanted & !given).count_ones());
         // Somebody came for these meanwhile: now it is a fault like any other.
         for (page, write) in waiting {
-            self.request(page, write, memory, out);
+            if !self.await_block(page, write) {
+                self.request(page, write, memory, out);
+            }
         }
         Ok(())
     }

@@ -175,6 +175,17 @@ impl<const W: usize> Directory<W> {
         }
     }
 
+    /// Whether a page homed here is `owner`'s, and nobody else has a copy but perhaps `reader`.
+    pub(super) fn is_alone(&self, page: u32, owner: NodeId, reader: NodeId) -> bool {
+        match self.places[(page - self.first) as usize].clone().into_owned() {
+            Ok((of, mut sharers)) => {
+                sharers.remove(reader);
+                of == owner && sharers.is_empty()
+            }
+            Err(_) => false,
+        }
+    }
+
     /// `node` reads a page from now on that is somebody's.
     pub(super) fn add_sharer(&mut self, page: u32, node: NodeId) {
         let place = std::mem::take(self.place(page));

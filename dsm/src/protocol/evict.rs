@@ -16,7 +16,7 @@ impl<const W: usize> Engine<W> {
     pub(super) fn evict(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let copy = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
         let home = self.geometry.home(page);
-        if copy && home != self.me && !self.pending.contains_key(&page) {
+        if copy && home != self.me && !self.pending.contains_key(&page) && !self.is_block_asked(page) {
             self.counters.evictions += 1;
             self.send(home, Message::Evict { page }, memory, out);
         }

@@ -76,8 +76,8 @@ pub trait Memory<const W: usize> {
     fn discard_run(&mut self, pages: Range<u32>) {
         pages.for_each(|page| self.discard(page));
     }
-    /// Present and writable becomes absent for all pages of a block, and what they held when they could be
-    /// written no more is returned.
+    /// Present becomes absent for all pages of a block, and what they held when they could be written no more is
+    /// returned.
     fn take_out(&mut self, block: Range<u32>) -> BlockData<W> {
         self.protect_range(block.clone());
         let data: Vec<PageData<W>> = block.clone().map(|page| *self.read(page)).collect();

@@ -60,4 +60,6 @@ pub enum Bug {
     BlockBeforeFreeze,
     /// What home asks of a block's new owner before the block has come is forgotten.
     EarlyForgotten,
+    /// Home gives a block away of which another node reads a page.
+    BlockDespiteReaders,
 }

@@ -1,17 +1,21 @@
 //! Whole blocks given away, with ownership.
 //!
-//! A node that goes on reading for long asks home for a whole aligned block of which it has no page. Home
-//! gives it if all of its pages are home's alone, and none is busy, a page table, or goes from writer to
-//! writer. It takes the block out of the guest's memory in one go, and that freezes it; from then on the
-//! asker owns all pages. It is page by page what home does with a write request for a page that only home
-//! has, and nobody says Done. A refusal changes nothing anywhere.
+//! A node that goes on reading for long asks home for a whole aligned block, of which it may read some pages
+//! already. Home gives it if all of its pages are home's, read by nobody else but the asker, and none is busy, a page
+//! table, or goes from writer to writer. It takes the block out of the guest's memory in one go, and that freezes it;
+//! from then on the asker owns all pages. It is page by page what home does with a write request for a page that
+//! nobody else has, and nobody says Done. A refusal changes nothing anywhere.
+//!
+//! The copies that the asker reads meanwhile hold what the block holds: only home could write to these pages, and it
+//! would have taken the copies back before. So they are good until the block takes their place.
 //!
 //! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
 //! messages, and come after such that were sent later (never before such that were sent sooner). Only three of
-//! these can be about its pages: what home asks of an owner ([`Message::Fetch`], [`Message::Invalidate`],
-//! [`Message::Recall`]). The asker, who has no page of the block and none under way, keeps them until home's answer
-//! is there. The first two can mean nothing but the block's owner to be; a Recall may also be about a page that the
-//! asker once had, and then it may come before a refusal.
+//! these can be about its pages: what home asks of an owner or a reader ([`Message::Fetch`], [`Message::Invalidate`],
+//! [`Message::Recall`]). The asker, who has no request for any page of the block under way, keeps them until home's
+//! answer is there. If they mean the block's owner to be, it is the block. If they mean the copy that the asker reads,
+//! the page that it owns, or one that it once had, then home was busy with the page when it was asked for the block,
+//! and the answer, a refusal, is on its way already: nobody waits for long.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -98,18 +102,19 @@ impl<const W: usize> Engine<W> {
         self.blocks.len()
     }
 
-    /// Asks for the whole block from `first` on, if no page of it is here or under way and it has another
-    /// home than this. `out.not_given` says what won't come.
+    /// Asks for the whole block from `first` on, if it has another home than this, no page of it can be written here,
+    /// some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`] come before it.
+    /// `out.not_given` says what won't come.
     pub(super) fn ask_block(&mut self, first: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let askable = self.block_from(first).filter(|block| {
             let home = self.geometry.home(first);
-            let absent = |page| self.access[page as usize] == Access::Invalid;
+            let here = &self.access[block.start as usize..block.end as usize];
             home != self.me
                 && !self.gone.contains(home)
                 && !self.blocks.contains_key(&first)
                 && self.pending.range(block.clone()).next().is_none()
-                && self.ahead.range(block.clone()).next().is_none()
-                && block.clone().all(absent)
+                && here.iter().all(|access| matches!(access, Access::Invalid | Access::Shared))
+                && here.contains(&Access::Invalid)
         });
         if askable.is_none() {
             return out.not_given.push(first);
@@ -132,7 +137,7 @@ impl<const W: usize> Engine<W> {
         let Some(block) = here else {
             return Err(ProtocolError { from, what: "an AskBlock for what is no block of this home", page: first });
         };
-        let data = match willing && self.spare_block(from, &block)? {
+        let data = match willing && self.can_spare_block(from, &block) {
             true => Some(self.give_block(from, block, memory)),
             false => None,
         };
@@ -141,21 +146,15 @@ impl<const W: usize> Engine<W> {
     }
 
     /// As home: whether a block can be given to `from`.
-    fn spare_block(&mut self, from: NodeId, block: &Range<u32>) -> Result<bool, ProtocolError> {
-        if self.directory.migratory.range(block.clone()).next().is_some() {
-            return Ok(false);
-        }
-        for page in block.clone() {
-            let Some((owner, has_copy)) = self.directory.owner_for(page, from) else { return Ok(false) };
-            if has_copy {
-                return Err(ProtocolError { from, what: "an AskBlock for a page it has", page });
-            }
-            // Writable here: so it has no sharers.
-            if owner != self.me || self.access[page as usize] != Access::Exclusive || self.tables.level(page).is_some() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    fn can_spare_block(&self, from: NodeId, block: &Range<u32>) -> bool {
+        let directory = &self.directory;
+        // All of it is here, and nobody else has any.
+        let spare = |page: u32| {
+            let alone = directory.is_alone(page, self.me, from) || self.bug == Some(Bug::BlockDespiteReaders);
+            let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
+            alone && here && !directory.busy.contains_key(&page) && self.tables.level(page).is_none()
+        };
+        directory.migratory.range(block.clone()).next().is_none() && block.clone().all(spare)
     }
 
     /// As home: the block is `to`'s.
@@ -201,6 +200,14 @@ impl<const W: usize> Engine<W> {
         };
         if data.pages().len() != block.len() {
             return bad;
+        }
+        let mut next = block.start;
+        while next < block.end {
+            let end = (next..block.end).find(|page| self.access[*page as usize] == Access::Invalid).unwrap_or(block.end);
+            if end > next {
+                memory.discard_run(next..end);
+            }
+            next = end + 1;
         }
         memory.install_block(first, data);
         self.access[block.start as usize..block.end as usize].fill(Access::Exclusive);
@@ -319,7 +326,7 @@ mod tests {
             assert_eq!(home.hear(2, ask(no_block)), Err("an AskBlock for what is no block of this home"));
         }
         home.hear(2, ask(2)).unwrap();
-        assert_eq!(home.hear(2, ask(2)), Err("an AskBlock for a page it has"));
+        assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, refused(2))]), "it is its own already");
     }
 
     #[test]
@@ -368,6 +375,37 @@ mod tests {
     }
 
     #[test]
+    fn a_block_takes_the_place_of_copies_and_what_is_on_its_way_comes_before() {
+        let (mut home, mut reader) = (Node::new(0), Node::new(1));
+        let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11 }).unwrap();
+        assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
+        // Page 3 goes on being read by the page until the block is here, as far as anybody here knows.
+        assert_eq!(reader.step(Input::Fault { page: 3, write: false }), Ok(vec![]));
+        let (_, answer) = home.hear(1, asked[0].1.clone()).unwrap().remove(0);
+        let (_, block) = home.hear(1, ask(2)).unwrap().remove(0);
+        assert_eq!(block, given(2, &[[2], [3]]));
+        assert_eq!(reader.hear(0, answer), Ok(vec![]));
+        assert_eq!((reader.0.access(2), reader.0.access(3)), (Access::Shared, Access::Shared));
+        assert_eq!(reader.step(Input::Fault { page: 2, write: true }), Ok(vec![]), "it will be writable");
+        assert_eq!(reader.hear(0, block), Ok(vec![]));
+        let done = ["install 2 [2] false", "install 3 [3] false", "discard 2", "discard 3", "install 2 [2] true", "install 3 [3] true"];
+        assert_eq!(reader.1.0, done);
+        assert_eq!((reader.0.access(2), reader.0.quiet()), (Access::Exclusive, true));
+    }
+
+    #[test]
+    fn who_waits_for_a_page_not_given_waits_for_its_block() {
+        let mut reader = Node::new(1);
+        reader.step(Input::Ahead { first: 2, wanted: 0b11 }).unwrap();
+        reader.step(Input::Fault { page: 3, write: true }).unwrap();
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        assert_eq!(reader.hear(0, Message::Given { page: 2, wanted: 0b11, given: 1, data: vec![[2]] }), Ok(vec![]));
+        // The copy is taken back for somebody's write, for which home was busy when it was asked for the block.
+        assert_eq!(reader.hear(0, Message::Invalidate { page: 2, requester: 2 }), Ok(vec![]));
+        assert_eq!(reader.hear(0, refused(2)), Ok(vec![(2, Message::InvalidateAck { page: 2 }), (0, get(3, true))]));
+    }
+
+    #[test]
     fn after_a_refusal_who_waits_asks_as_for_any_page() {
         let mut reader = Node::new(1);
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
@@ -381,9 +419,11 @@ mod tests {
     fn what_can_not_be_asked_for_whole_is_told() {
         let mut reader = Node::new(1);
         reader.step(Input::Fault { page: 1, write: false }).unwrap();
-        reader.step(Input::Ahead { first: 4, wanted: 1 }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
-        // Pages under way, the block itself under way, no block, two homes, its own, beyond the end.
+        [4, 5].map(|page| reader.step(Input::Ahead { first: page, wanted: 1 }).unwrap());
+        reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, data: vec![[4]] }).unwrap();
+        reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, data: vec![[5]] }).unwrap();
+        // A page under way, all of it here, the block itself under way, no block, two homes, its own, beyond the end.
         for first in [0, 4, 2, 3, 10, 12, 16, u32::MAX] {
             assert_eq!(reader.step(Input::AheadBlock { first }), Ok(vec![]), "{first}");
             assert_eq!(reader.2.not_given, [first]);

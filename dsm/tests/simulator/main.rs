@@ -98,6 +98,7 @@ fn planted_bugs_are_found() {
         (Bug::AwaitLostSharer, true),
         (Bug::BlockBeforeFreeze, false),
         (Bug::EarlyForgotten, false),
+        (Bug::BlockDespiteReaders, false),
     ];
     for (bug, losses) in bugs {
         let found = (0..RUNS).find_map(|seed| {

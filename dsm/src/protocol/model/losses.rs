@@ -84,6 +84,21 @@ fn blocks_asked_for_whole_survive_the_loss_of_any_node() {
     }
 }
 
+/// Who asks for a block reads some of it, while another writes that or is lost.
+#[test]
+fn a_block_in_the_place_of_copies_survives_the_loss_of_any_node() {
+    for homes in [&[2, 0, 0][..], &[0, 0, 2]] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]),
+            Cpu::new(1, &[Load(X, 0), AheadBlock(X), Load(Y, 0)]),
+            Cpu::new(2, &[Store(X, 0, 2)]),
+        ];
+        let mut world = data(homes, cpus);
+        world.take_zeros_by(1, 2);
+        holds("a block in the place of copies, and a loss", world.losing(ANY), 0, ends);
+    }
+}
+
 /// Who has given a page to one that is lost asks for its block: home's question about that page may come meanwhile.
 #[test]
 fn a_block_is_asked_for_by_the_last_owner_of_a_lost_page() {

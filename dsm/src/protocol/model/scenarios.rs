@@ -311,6 +311,42 @@ fn what_a_blocks_new_owner_is_asked_is_kept_until_it_has_the_block() {
     }
 }
 
+/// Who asks for a block has read some of it, and asked for more by the page.
+#[test]
+fn a_block_takes_the_place_of_the_copies_there_are_of_it() {
+    for homes in [&[2, 0][..], &[2, 0, 0]] {
+        for write in [true, false] {
+            let writer = if write { Store(X, 1, 1) } else { Evict(X) };
+            let mut cpus = vec![
+                Cpu::new(0, &[Store(X, 0, 1), Load(Y, 0), Store(Y, 0, 1)]),
+                Cpu::new(1, &[Load(X, 0), Ahead(Y, 1), AheadBlock(X), writer, Load(Y, 0)]),
+            ];
+            if homes.len() > 2 {
+                cpus.push(Cpu::new(2, &[Load(X, 0), Increment(X, 0)]));
+            }
+            let mut world = data(homes, cpus);
+            world.take_zeros_by(1, 2);
+            let three = homes.len() > 2;
+            holds("a block in the place of copies", world, u8::from(!three).into(), |w| {
+                require(w.value(X, 1) == u64::from(write) && w.value(Y, 0) == 1, || "a store is lost".into())?;
+                require(!three || w.value(X, 0) >= 1, || "an increment is lost".into())
+            });
+        }
+    }
+}
+
+#[test]
+fn a_block_given_while_another_reads_a_page_of_it_is_caught() {
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]),
+        Cpu::new(1, &[AheadBlock(X), Store(X, 0, 2)]),
+        Cpu::new(2, &[Load(X, 0), Load(X, 0)]),
+    ];
+    let mut world = data(&[2, 0, 0], cpus);
+    world.take_zeros_by(1, 2);
+    is_caught("a block despite its readers", world, Bug::BlockDespiteReaders, 0, |_| Ok(()));
+}
+
 #[test]
 fn a_block_on_its_way_is_given_up_when_it_has_come() {
     let cpus = vec![
