@@ -9,6 +9,7 @@ mod ahead;
 mod cache;
 mod upkeep;
 
+use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -649,7 +650,10 @@ impl Handler for Receiver {
                 }
                 Err(reason) => self.0.fail(DsmError::Malformed { from: peer, reason }),
             },
-            BLOCK => self.0.block_piece(peer, payload),
+            BLOCK => {
+                // All of it is there.
+                let _ = self.0.block_piece(peer, payload.len(), &mut &*payload);
+            }
             SETUP => {
                 if let Some(client) = self.0.client.get() {
                     client.setup(peer, payload);
@@ -657,6 +661,15 @@ impl Handler for Receiver {
             }
             _ => self.0.fail(DsmError::Malformed { from: peer, reason: Malformed }),
         }
+    }
+
+    fn long_frame(&self, peer: usize, class: u8, len: usize, payload: &mut dyn Read) -> io::Result<()> {
+        if class == BLOCK {
+            return self.0.block_piece(peer, len, payload);
+        }
+        // No other is sent so.
+        self.0.fail(DsmError::Malformed { from: peer, reason: Malformed });
+        Ok(())
     }
 
     fn event(&self, event: PeerEvent) {

@@ -80,6 +80,73 @@ fn lost(reason: LostReason) -> News {
     News::Event(PeerEvent::Lost { peer: 1, reason })
 }
 
+/// Reads some of each long frame, wherever that is.
+struct Choosy(Recorder);
+
+impl Handler for Choosy {
+    fn frame(&self, peer: usize, class: u8, payload: &[u8]) {
+        self.0.frame(peer, class, payload);
+    }
+
+    fn long_frame(&self, peer: usize, class: u8, len: usize, payload: &mut dyn Read) -> std::io::Result<()> {
+        let mut some = vec![0; usize::from(class).min(len)];
+        payload.read_exact(&mut some)?;
+        self.frame(peer, class, &some);
+        // There is no more than the frame, whatever comes behind it.
+        if class == 9 {
+            assert_eq!(payload.read_to_end(&mut some)?, len - 9);
+        }
+        Ok(())
+    }
+
+    fn event(&self, event: PeerEvent) {
+        self.0.event(event);
+    }
+}
+
+#[test]
+fn a_long_frame_is_read_as_far_as_it_is_wanted_and_the_next_is_whole() {
+    let ((near, mut far), (near_blocks, mut far_blocks)) = (pair(), pair());
+    let transport = TcpTransport::new(vec![None, Some(Streams { messages: near, blocks: Some(near_blocks) })], quick()).unwrap();
+    let (sender, news) = mpsc::channel();
+    transport.start(Arc::new(Choosy(Recorder(Mutex::new(sender))))).unwrap();
+    let mut bytes = Vec::new();
+    for (class, len) in [(0, 100_000), (9, 300_000), (5, 3000), (7, 0), (3, MAX_PAYLOAD), (9, 1 << 19)] {
+        bytes.extend([&(len as u32).to_le_bytes()[..], &[class]].concat());
+        bytes.extend((0..len).map(|at| at as u8));
+    }
+    // The last one is torn, and a hundred bytes at a time show frames in all their parts.
+    let torn = bytes.len() - (1 << 18);
+    let (slow, quick) = bytes[..torn].split_at(10_000);
+    slow.chunks(100).for_each(|some| far_blocks.write_all(some).unwrap());
+    far_blocks.write_all(quick).unwrap();
+    let counting = |len: u8| (0..len).collect::<Vec<u8>>();
+    let seen: Vec<News> = (0..6).map(|_| news.recv_timeout(PATIENCE).unwrap()).collect();
+    let expected: Vec<News> = [0, 9, 5, 7, 3, 9].map(|class| News::Frame(1, class, counting(if class == 7 { 0 } else { class }))).into();
+    assert_eq!(seen, expected);
+    far.write_all(&[0, 0, 0, 0, 1]).unwrap();
+    assert_eq!(news.recv_timeout(PATIENCE), Ok(News::Frame(1, 1, Vec::new())));
+    drop((far, far_blocks));
+    assert_eq!(news.recv_timeout(PATIENCE), Ok(lost(LostReason::Closed)));
+    transport.shutdown();
+}
+
+#[test]
+fn a_long_frame_that_stops_coming_is_silence() {
+    let ((near, mut far), (near_blocks, mut far_blocks)) = (pair(), pair());
+    let transport = TcpTransport::new(vec![None, Some(Streams { messages: near, blocks: Some(near_blocks) })], quick()).unwrap();
+    let news = record(&transport);
+    far_blocks.write_all(&[0, 0, 8, 0, 1]).unwrap();
+    far_blocks.write_all(&[7; 5000]).unwrap();
+    // The other stream goes on until it is ended.
+    let beats = thread::spawn(move || while far.write_all(&[0, 0, 0, 0, HEARTBEAT]).is_ok() {
+        thread::sleep(Duration::from_millis(50));
+    });
+    assert_eq!(news.recv_timeout(PATIENCE), Ok(lost(LostReason::Silent { millis: 900 })));
+    transport.shutdown();
+    beats.join().unwrap();
+}
+
 #[test]
 fn sending_to_a_peer_that_does_not_read_returns() {
     let config = Config {

@@ -100,12 +100,15 @@ impl Landing {
         Landing { slot, filled: 0 }
     }
 
-    /// Adds a piece. `None`: it does not follow the one before, or is too long.
-    pub fn add(&mut self, offset: usize, bytes: &[u8]) -> Option<()> {
-        let end = offset.checked_add(bytes.len()).filter(|_| offset == self.filled)?;
-        self.slot.bytes_mut().get_mut(offset..end)?.copy_from_slice(bytes);
-        self.filled = end;
-        Some(())
+    /// Where the next piece goes. `None`: it does not follow the one before, or is too long.
+    pub fn space(&mut self, offset: usize, len: usize) -> Option<&mut [u8]> {
+        let end = offset.checked_add(len).filter(|_| offset == self.filled)?;
+        self.slot.bytes_mut().get_mut(offset..end)
+    }
+
+    /// The piece is there.
+    pub fn filled(&mut self, len: usize) {
+        self.filled += len;
     }
 
     /// Whether all of it is there.

@@ -6,6 +6,7 @@
 //! and all of the block has, it is the message of the protocol.
 
 use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use zerocopy::IntoBytes;
@@ -167,17 +168,35 @@ impl Dsm {
         }
     }
 
-    /// A piece of a block has come, or its place among the messages. The blocks of one peer come one after the other.
-    pub(super) fn block_piece(&self, peer: usize, payload: &[u8]) {
-        let Some((head, piece)) = payload.split_first_chunk::<PIECE_HEAD>() else {
-            return self.fail(DsmError::Malformed { from: peer, reason: Malformed });
+    /// A piece of a block is coming, or its place among the messages. The blocks of one peer come one after the other.
+    ///
+    /// # Errors
+    /// Those of the content.
+    pub(super) fn block_piece(&self, peer: usize, len: usize, content: &mut dyn Read) -> io::Result<()> {
+        let malformed = DsmError::Malformed { from: peer, reason: Malformed };
+        let Some(len) = len.checked_sub(PIECE_HEAD) else {
+            self.fail(malformed);
+            return Ok(());
         };
-        let [a, b, c, d, e, f, g, h] = *head;
+        let mut head = [0; PIECE_HEAD];
+        content.read_exact(&mut head)?;
+        let [a, b, c, d, e, f, g, h] = head;
         let (page, offset) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]) as usize);
-        if piece.is_empty() {
+        if len == 0 {
             self.landings().entry(peer).or_default().due.push_back(page);
-        } else if let Err(error) = self.land(peer, page, offset, piece) {
-            return self.fail(error);
+        } else {
+            let landing = match self.begun(peer, page, offset) {
+                Ok(Some(landing)) => landing,
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    self.fail(error);
+                    return Ok(());
+                }
+            };
+            if !self.land(peer, page, landing, (offset, len), content)? {
+                self.fail(malformed);
+                return Ok(());
+            }
         }
         // Whichever of the two receivers comes later takes the step, with no lock of the landings.
         let next = self.landings().entry(peer).or_default().next();
@@ -189,34 +208,48 @@ impl Dsm {
                 self.step(peer, Input::Message { from: peer as NodeId, message });
             }
         }
+        Ok(())
     }
 
     fn landings(&self) -> MutexGuard<'_, Landings> {
         self.landings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn land(&self, peer: usize, page: u32, offset: usize, piece: &[u8]) -> Result<(), DsmError> {
-        let malformed = DsmError::Malformed { from: peer, reason: Malformed };
+    /// The block that a piece belongs to, as far as it has come. `None`: there is no memory any more.
+    fn begun(&self, peer: usize, page: u32, offset: usize) -> Result<Option<Landing>, DsmError> {
         let landing = self.landings().entry(peer).or_default().landing.take();
-        let mut landing = match landing {
-            Some((of, landing)) if of == page && offset > 0 => landing,
+        match landing {
+            Some((of, landing)) if of == page && offset > 0 => Ok(Some(landing)),
             None if offset == 0 => {
                 // Only who was asked has a block to send, and that is after the start.
                 let slots = self.lock().as_ref().map(|state| state.memory.slots().clone());
-                let Some(slots) = slots else { return Ok(()) };
-                Landing::new(slots.take().map_err(DsmError::Memory)?)
+                let slot = slots.map(|slots| slots.take()).transpose().map_err(DsmError::Memory)?;
+                Ok(slot.map(Landing::new))
             }
-            _ => return Err(malformed),
-        };
+            _ => Err(DsmError::Malformed { from: peer, reason: Malformed }),
+        }
+    }
+
+    /// Puts a piece where it belongs: offset and length. Whether it belongs anywhere.
+    fn land(
+        &self,
+        peer: usize,
+        page: u32,
+        mut landing: Landing,
+        (offset, len): (usize, usize),
+        content: &mut dyn Read,
+    ) -> io::Result<bool> {
         // Without a lock: it is filled by one receiver of this peer alone.
-        landing.add(offset, piece).ok_or(malformed)?;
+        let Some(space) = landing.space(offset, len) else { return Ok(false) };
+        content.read_exact(space)?;
+        landing.filled(len);
         let mut landings = self.landings();
         let arrivals = landings.entry(peer).or_default();
         match landing.is_full() {
             true => arrivals.landed.push_back((page, landing.into_block())),
             false => arrivals.landing = Some((page, landing)),
         }
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -420,7 +420,8 @@ mod tests {
         let mut reader = Node::new(1);
         reader.step(Input::Fault { page: 1, write: false }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
-        [4, 5].map(|page| reader.step(Input::Ahead { first: page, wanted: 1 }).unwrap());
+        reader.step(Input::Ahead { first: 4, wanted: 1 }).unwrap();
+        reader.step(Input::Ahead { first: 5, wanted: 1 }).unwrap();
         reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, data: vec![[4]] }).unwrap();
         reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, data: vec![[5]] }).unwrap();
         // A page under way, all of it here, the block itself under way, no block, two homes, its own, beyond the end.

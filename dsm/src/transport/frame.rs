@@ -50,6 +50,7 @@ pub fn header(class: u8, len: usize) -> [u8; HEADER] {
 #[derive(Debug)]
 pub struct Decoder {
     buffer: Vec<u8>,
+    at_once: usize,
     /// Unread bytes are `start..end`.
     start: usize,
     end: usize,
@@ -58,9 +59,15 @@ pub struct Decoder {
 impl Decoder {
     /// An empty one.
     pub fn new() -> Self {
+        Self::reading(AT_ONCE)
+    }
+
+    /// An empty one that is given so many bytes at once at most.
+    pub fn reading(at_once: usize) -> Self {
         // Room for the longest frame, and for more to read while it is incomplete.
         Self {
             buffer: vec![0; 2 * (HEADER + MAX_PAYLOAD)],
+            at_once,
             start: 0,
             end: 0,
         }
@@ -74,7 +81,7 @@ impl Decoder {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let most = self.buffer.len().min(self.end + AT_ONCE);
+        let most = self.buffer.len().min(self.end + self.at_once);
         &mut self.buffer[self.end..most]
     }
 
@@ -88,10 +95,36 @@ impl Decoder {
     /// # Errors
     /// A stream that holds no frames; there is no way to go on.
     pub fn next(&mut self) -> Result<Option<(u8, &[u8])>, Malformed> {
-        let unread = &self.buffer[self.start..self.end];
-        let Some((&[a, b, c, d, class], rest)) = unread.split_first_chunk::<HEADER>() else {
+        let Some((class, len)) = self.head()? else { return Ok(None) };
+        let from = self.start + HEADER;
+        if self.end - from < len {
             return Ok(None);
-        };
+        }
+        self.start = from + len;
+        Ok(Some((class, &self.buffer[from..self.start])))
+    }
+
+    /// The next frame once its header is there: class and length of the payload, which is what follows. It is to be
+    /// taken by [`Self::take`] and then from the stream itself, all of it.
+    ///
+    /// # Errors
+    /// As for [`Self::next`].
+    pub fn open(&mut self) -> Result<Option<(u8, usize)>, Malformed> {
+        let head = self.head()?;
+        self.start += if head.is_some() { HEADER } else { 0 };
+        Ok(head)
+    }
+
+    /// Moves bytes of the stream out, as many as there are and fit.
+    pub fn take(&mut self, into: &mut [u8]) -> usize {
+        let some = into.len().min(self.end - self.start);
+        into[..some].copy_from_slice(&self.buffer[self.start..self.start + some]);
+        self.start += some;
+        some
+    }
+
+    fn head(&self) -> Result<Option<(u8, usize)>, Malformed> {
+        let Some(&[a, b, c, d, class]) = self.buffer[self.start..self.end].first_chunk::<HEADER>() else { return Ok(None) };
         let len = u32::from_le_bytes([a, b, c, d]);
         if len as usize > MAX_PAYLOAD {
             return Err(Malformed::Length { class, len });
@@ -99,11 +132,7 @@ impl Decoder {
         if class == HEARTBEAT && len != 0 {
             return Err(Malformed::Heartbeat { len });
         }
-        let Some(payload) = rest.get(..len as usize) else {
-            return Ok(None);
-        };
-        self.start += HEADER + payload.len();
-        Ok(Some((class, payload)))
+        Ok(Some((class, len as usize)))
     }
 }
 
@@ -165,6 +194,22 @@ mod tests {
             }
         }
         assert_eq!(seen, 4);
+    }
+
+    #[test]
+    fn a_frame_that_is_opened_is_followed_by_the_next() {
+        let mut decoder = Decoder::reading(16);
+        assert_eq!(decoder.space().len(), 16);
+        feed(&mut decoder, &frame(3, b"a long one")[..4]);
+        assert_eq!(decoder.open(), Ok(None));
+        feed(&mut decoder, &frame(3, b"a long one")[4..8]);
+        assert_eq!(decoder.next(), Ok(None));
+        assert_eq!(decoder.open(), Ok(Some((3, 10))));
+        let mut taken = [0; 10];
+        assert_eq!((decoder.take(&mut taken), decoder.take(&mut taken[3..])), (3, 0));
+        // The other seven don't pass through here.
+        feed(&mut decoder, &frame(4, b"next"));
+        assert_eq!(decoder.next(), Ok(Some((4, &b"next"[..]))));
     }
 
     #[test]

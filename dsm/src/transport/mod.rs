@@ -21,6 +21,7 @@ pub use queue::Body;
 pub use socket::prepare;
 pub use tcp::{Config, Streams, TcpTransport};
 
+use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -77,6 +78,17 @@ pub trait Transport: Send + Sync {
 pub trait Handler: Send + Sync {
     /// A frame has come. The payload may hold anything: check it.
     fn frame(&self, peer: usize, class: u8, payload: &[u8]);
+    /// Instead of [`Handler::frame`] for one of [`Transport::send_from`] whose payload, `len` bytes, is still coming, where
+    /// it can be put straight to where it belongs. What the handler does not read is skipped.
+    ///
+    /// # Errors
+    /// Those of `payload`, which mean that the stream has ended.
+    fn long_frame(&self, peer: usize, class: u8, len: usize, payload: &mut dyn Read) -> io::Result<()> {
+        let mut bytes = vec![0; len];
+        payload.read_exact(&mut bytes)?;
+        self.frame(peer, class, &bytes);
+        Ok(())
+    }
     /// The last news of a peer; no frame of it follows.
     fn event(&self, event: PeerEvent);
 }

@@ -2,7 +2,7 @@
 //! have a stream of their own, so that no other waits behind them: neither in a queue, nor in a socket's buffer, nor
 //! for a lost packet, nor for the thread that takes them in.
 
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,8 @@ use crate::transport::{Body, Handler, LostReason, PeerEvent, SendError, Transpor
 /// Silence is counted in this many steps, so that a host that stood still for a while itself (a
 /// debugger, a paused virtual host) does not take that for silence of its peers.
 const STEPS: u32 = 9;
+/// Read at once between frames that are put where they belong while they come: as little of these as pays.
+const AHEAD: usize = 1024;
 
 /// Times and limits of a transport. All nodes should have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,38 +251,22 @@ impl Receiver {
 
     /// Hands frames on until the stream ends.
     fn receive(&self) -> PeerEvent {
-        let peer = self.peer;
-        let lost = |reason| PeerEvent::Lost {
-            peer,
-            reason: self.link.lost.get().cloned().unwrap_or(reason),
-        };
-        let mut decoder = Decoder::new();
-        let mut silent_steps = 0;
+        let (peer, long) = (self.peer, self.stream > 0);
+        let mut decoder = if long { Decoder::reading(AHEAD) } else { Decoder::new() };
         let mut spin = Spin::new();
         loop {
             // Blocks nobody waits for that urgently.
-            let looked = if self.stream == 0 { spin.look(|| socket::receive_now(&self.link.stream, decoder.space())) } else { None };
-            let received = looked.unwrap_or_else(|| {
-                let received = (&self.link.stream).read(decoder.space());
+            let looked = if long { None } else { spin.look(|| socket::receive_now(&self.link.stream, decoder.space())) };
+            let received = looked.map(|looked| self.received(looked)).unwrap_or_else(|| {
+                let received = self.wait(decoder.space());
                 spin.woken();
                 received
             });
             match received {
-                Ok(0) => return lost(LostReason::Closed),
-                Ok(count) => decoder.filled(count),
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                // The receive timeout.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    silent_steps += 1;
-                    if silent_steps >= STEPS {
-                        let millis = self.silence.as_millis() as u64;
-                        return lost(LostReason::Silent { millis });
-                    }
-                    continue;
-                }
-                Err(error) => return lost(LostReason::Broken(Errno::of(&error))),
+                Ok(Some(count)) => decoder.filled(count),
+                Ok(None) => continue,
+                Err(event) => return event,
             }
-            silent_steps = 0;
             loop {
                 match decoder.next() {
                     Ok(None) => break,
@@ -293,6 +279,86 @@ impl Receiver {
                     Err(reason) => return PeerEvent::Malformed { peer, reason },
                 }
             }
+            if long {
+                if let Err(event) = self.receive_long(&mut decoder) {
+                    return event;
+                }
+            }
         }
+    }
+
+    /// If a frame has begun to come: has the handler read the rest of it.
+    fn receive_long(&self, decoder: &mut Decoder) -> Result<(), PeerEvent> {
+        let peer = self.peer;
+        let Some((class, len)) = decoder.open().map_err(|reason| PeerEvent::Malformed { peer, reason })? else { return Ok(()) };
+        let mut payload = Payload { receiver: self, decoder, left: len, ended: None };
+        // An error is kept in `payload`.
+        if !self.stopping.load(Ordering::SeqCst) {
+            let _ = self.handler.long_frame(peer, class, len, &mut payload);
+        }
+        if payload.ended.is_none() {
+            let _ = io::copy(&mut payload, &mut io::sink());
+        }
+        if let Some(event) = payload.ended {
+            return Err(event);
+        }
+        self.link.counters.received(class, HEADER + len);
+        Ok(())
+    }
+
+    /// Waits for bytes of the stream. Its end is an error, and so is silence.
+    fn wait(&self, into: &mut [u8]) -> Result<Option<usize>, PeerEvent> {
+        for _ in 0..STEPS {
+            let received = (&self.link.stream).read(into);
+            match received {
+                // The receive timeout.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                other => return self.received(other),
+            }
+        }
+        Err(self.lost(LostReason::Silent { millis: self.silence.as_millis() as u64 }))
+    }
+
+    /// What came of reading: bytes, or `None` if it is to be tried again.
+    fn received(&self, result: io::Result<usize>) -> Result<Option<usize>, PeerEvent> {
+        match result {
+            Ok(0) => Err(self.lost(LostReason::Closed)),
+            Ok(count) => Ok(Some(count)),
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => Ok(None),
+            Err(error) => Err(self.lost(LostReason::Broken(Errno::of(&error)))),
+        }
+    }
+
+    fn lost(&self, reason: LostReason) -> PeerEvent {
+        let reason = self.link.lost.get().cloned().unwrap_or(reason);
+        PeerEvent::Lost { peer: self.peer, reason }
+    }
+}
+
+/// The payload of a frame that is still coming.
+struct Payload<'a> {
+    receiver: &'a Receiver,
+    /// What has come already is in here.
+    decoder: &'a mut Decoder,
+    left: usize,
+    ended: Option<PeerEvent>,
+}
+
+impl Read for Payload<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let most = into.len().min(self.left);
+        let into = &mut into[..most];
+        let mut count = self.decoder.take(into);
+        while count == 0 && most > 0 {
+            match self.receiver.wait(into) {
+                Ok(some) => count = some.unwrap_or(0),
+                Err(event) => {
+                    self.ended = Some(event);
+                    return Err(ErrorKind::UnexpectedEof.into());
+                }
+            }
+        }
+        self.left -= count;
+        Ok(count)
     }
 }
