@@ -12,6 +12,7 @@ mod floor;
 mod frames;
 mod guest;
 mod node;
+mod one_host;
 mod peer;
 mod shared;
 mod stream;
@@ -70,6 +71,8 @@ enum Part {
     Stream,
     /// A working set that two vCPUs share
     Shared,
+    /// What a transport for nodes on one host could bring
+    OneHost,
 }
 
 /// Everything a measurement needs.
@@ -150,6 +153,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted(Part::Shared) && vcpus > 1 {
         shared::measure(&mut bench)?;
+    }
+    if wanted(Part::OneHost) && bench.one_clock {
+        one_host::measure(&mut bench)?;
     }
     Ok(())
 }
