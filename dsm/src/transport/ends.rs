@@ -3,14 +3,25 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::transport::link::Link;
-use crate::transport::{LostReason, PeerEvent};
+use crate::transport::{LostReason, PeerEvent, link};
+
+/// The sending side of one of a peer's streams.
+pub trait Link {
+    /// No more sending. If its receiver still waits for something to come, it ends, too.
+    fn end(&self);
+}
+
+impl Link for link::Link {
+    fn end(&self) {
+        link::Link::end(self);
+    }
+}
 
 /// What the receivers of one peer's streams know of each other: when one stream ends all do, and the last receiver
 /// tells, as no frame may come after that. The first reason counts.
 #[derive(Debug)]
-pub struct Ends {
-    links: Vec<Arc<Link>>,
+pub struct Ends<L = link::Link> {
+    links: Vec<Arc<L>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -23,9 +34,9 @@ struct State {
     event: Option<PeerEvent>,
 }
 
-impl Ends {
+impl<L: Link> Ends<L> {
     /// Of a peer's streams, the one with the messages first.
-    pub fn new(links: Vec<Arc<Link>>) -> Self {
+    pub fn new(links: Vec<Arc<L>>) -> Self {
         Ends { links, state: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -55,5 +66,78 @@ impl Ends {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::*;
+    use crate::errno::Errno;
+    use crate::transport::Malformed;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+    const CLOSED: PeerEvent = PeerEvent::Lost { peer: 1, reason: LostReason::Closed };
+    const BROKEN: PeerEvent = PeerEvent::Lost { peer: 1, reason: LostReason::Broken(Errno(libc::ETIMEDOUT)) };
+
+    #[derive(Default)]
+    struct Sender(AtomicBool);
+
+    impl Link for Sender {
+        fn end(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn two() -> (Ends<Sender>, [Arc<Sender>; 2]) {
+        let links: [Arc<Sender>; 2] = Default::default();
+        (Ends::new(links.to_vec()), links)
+    }
+
+    fn ended(links: &[Arc<Sender>; 2]) -> [bool; 2] {
+        links.each_ref().map(|link| link.0.load(Ordering::SeqCst))
+    }
+
+    #[test]
+    fn if_one_ends_both_do_and_the_last_tells_the_first_reason() {
+        for (first, second) in [(0, 1), (1, 0)] {
+            let (ends, links) = two();
+            let event = PeerEvent::Malformed { peer: 1, reason: Malformed::Bare };
+            assert_eq!(ends.end(first, event.clone(), PATIENCE), None);
+            assert_eq!(ended(&links), [true, true]);
+            assert_eq!(ends.end(second, CLOSED, PATIENCE), Some(event));
+        }
+    }
+
+    #[test]
+    fn the_second_that_breaks_waits_for_the_last_words_on_the_first() {
+        let (ends, links) = two();
+        thread::scope(|scope| {
+            let second = scope.spawn(|| ends.end(1, BROKEN, PATIENCE));
+            thread::sleep(Duration::from_millis(50));
+            assert_eq!(ended(&links), [false, false]);
+            assert_eq!(ends.end(0, CLOSED, PATIENCE), None);
+            assert_eq!(second.join().unwrap(), Some(CLOSED));
+        });
+    }
+
+    #[test]
+    fn the_second_that_breaks_alone_ends_the_first_in_time() {
+        let (ends, links) = two();
+        let begun = Instant::now();
+        assert_eq!(ends.end(1, BROKEN, Duration::from_millis(50)), None);
+        assert!(begun.elapsed() >= Duration::from_millis(50));
+        assert_eq!(ended(&links), [true, true]);
+        assert_eq!(ends.end(0, CLOSED, PATIENCE), Some(BROKEN));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_node_that_ends_itself() {
+        let (ends, _) = two();
+        ends.over();
+        assert_eq!(ends.end(1, CLOSED, PATIENCE), None);
+        assert_eq!(ends.end(0, CLOSED, PATIENCE), Some(CLOSED));
     }
 }
