@@ -11,7 +11,7 @@ use socket2::SockRef;
 use crate::errno::Errno;
 use crate::transport::counters::{Counters, PeerCount};
 use crate::transport::frame::{self, HEADER, HEARTBEAT, MAX_PAYLOAD};
-use crate::transport::queue::{Body, Queue};
+use crate::transport::queue::{Body, Queue, part_of};
 use crate::transport::{Config, LostReason, SendError, socket};
 
 /// Parts of a frame that are sent without gathering them first.
@@ -82,7 +82,7 @@ impl Link {
 
     /// See [`crate::transport::Transport::send_from`]: the writer thread sends all of it.
     pub fn send_from(&self, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
-        let part = part.start..part.end.min((**body).as_ref().len()).max(part.start);
+        let part = part_of(body, part);
         let len = head.len() + part.len();
         self.check(class, len)?;
         self.enter(|outbound| {

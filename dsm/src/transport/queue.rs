@@ -8,6 +8,11 @@ use std::sync::Arc;
 /// Memory that is sent from where it is, and let go when it has been.
 pub type Body = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
+/// As much of `part` as there is in the body.
+pub fn part_of(body: &Body, part: Range<usize>) -> Range<usize> {
+    part.start..part.end.min((**body).as_ref().len()).max(part.start)
+}
+
 /// Pieces of memory that are sent with one system call at most.
 const SLICES: usize = 8;
 

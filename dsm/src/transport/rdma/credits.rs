@@ -1,6 +1,6 @@
 //! Who may write how many slots of whose landing ring.
 //!
-//! Each direction has a ring of [`SLOTS`] slots, used in order. A slot may be written again once the
+//! Each direction has a ring of slots, used in order. A slot may be written again once the
 //! receiver has copied it out, which it tells by a count in every message that goes back. Where none
 //! goes back, an *update*, a message without content, carries the count.
 //!
@@ -12,16 +12,14 @@
 
 use crate::transport::Malformed;
 
-/// Slots of a ring.
-pub const SLOTS: u64 = 128;
 /// Bytes of a slot: a page with its header, or many small messages, fit.
 pub const SLOT: usize = 16 << 10;
-/// Slots copied out without the peer knowing at which an update is due.
-const UPDATE: u64 = SLOTS / 4;
 
 /// Both directions' counts, of messages since the start.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Credits {
+    /// Of either ring.
+    slots: u64,
     sent: u64,
     /// Of `sent`, copied out by the peer as far as it has told.
     taken: u64,
@@ -31,25 +29,37 @@ pub struct Credits {
 }
 
 impl Credits {
+    /// For rings of so many slots, both of them empty.
+    pub fn new(slots: u16) -> Self {
+        debug_assert!(slots >= 4);
+        Self {
+            slots: u64::from(slots),
+            sent: 0,
+            taken: 0,
+            received: 0,
+            told: 0,
+        }
+    }
+
     /// Whether a message with content may be sent.
     pub fn may_send(&self) -> bool {
-        self.sent - self.taken < SLOTS - 1
+        self.sent - self.taken < self.slots - 1
     }
 
     /// Whether an update may be sent.
     pub fn may_update(&self) -> bool {
-        self.sent - self.taken < SLOTS
+        self.sent - self.taken < self.slots
     }
 
-    /// Whether the peer should be told what was copied out.
+    /// Whether the peer should be told what was copied out: a quarter of the ring.
     pub fn update_due(&self) -> bool {
-        self.received - self.told >= UPDATE
+        self.received - self.told >= self.slots / 4
     }
 
     /// A message leaves: its slot, and the count it has to carry.
     pub fn send(&mut self) -> (usize, u16) {
         debug_assert!(self.may_update());
-        let slot = (self.sent % SLOTS) as usize;
+        let slot = self.next_to_send();
         self.sent += 1;
         self.told = self.received;
         (slot, self.received as u16)
@@ -60,9 +70,14 @@ impl Credits {
         self.sent
     }
 
+    /// The slot that the next message to be sent goes into.
+    pub fn next_to_send(&self) -> usize {
+        (self.sent % self.slots) as usize
+    }
+
     /// The slot that the next message to come is in.
     pub fn next_slot(&self) -> usize {
-        (self.received % SLOTS) as usize
+        (self.received % self.slots) as usize
     }
 
     /// A message that carried `count` was copied out of its slot.
@@ -107,20 +122,29 @@ mod tests {
     use super::*;
 
     /// Two sides that always have something to say, and the messages between them.
-    #[derive(Default)]
     struct World {
+        slots: u16,
         credits: [Credits; 2],
         wires: [VecDeque<(usize, u16)>; 2],
         content: [u64; 2],
     }
 
     impl World {
+        fn new(slots: u16) -> Self {
+            Self {
+                slots,
+                credits: [Credits::new(slots), Credits::new(slots)],
+                wires: Default::default(),
+                content: [0; 2],
+            }
+        }
+
         fn send(&mut self, side: usize) -> bool {
             let content = self.credits[side].may_send();
             if content {
                 self.wires[side].push_back(self.credits[side].send());
                 self.content[side] += 1;
-                assert!(self.wires[side].len() <= SLOTS as usize);
+                assert!(self.wires[side].len() <= usize::from(self.slots));
             }
             content
         }
@@ -148,7 +172,7 @@ mod tests {
     fn whatever_the_order_nobody_waits_for_ever() {
         // Also with counts that wrap around.
         for seed in 0..200u64 {
-            let mut world = World::default();
+            let mut world = World::new([4, 32, 128][seed as usize / 2 % 3]);
             let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
             let mut idle = 0;
             while world.content[0] < 2000 || world.content[1] < 2000 {
@@ -181,7 +205,7 @@ mod tests {
 
     #[test]
     fn both_use_their_last_slot_and_still_go_on() {
-        let mut world = World::default();
+        let mut world = World::new(32);
         for round in 0..1000 {
             for side in 0..2 {
                 while world.send(side) {}
@@ -196,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_peer_that_counts_more_than_was_sent_is_found_out() {
-        let mut credits = Credits::default();
+        let mut credits = Credits::new(32);
         credits.send();
         assert_eq!(credits.clone().receive(2), Err(Malformed::Count));
         assert_eq!(credits.receive(1), Ok(()));

@@ -1,14 +1,17 @@
-//! What two nodes tell each other about their ends, over the connection they have already.
+//! What two nodes tell each other about their ends, over the connection they have already: of the queue
+//! pair for messages first, then of the one for blocks.
 //!
 //! Fixed size, little endian: magic, version, slots, bytes of a slot, queue pair, first packet number,
-//! maximum packet size, GID, address and key of the landing ring.
+//! maximum packet size, GID, address and key of the landing ring. The slots tell one queue pair from the
+//! other, since their rings differ.
 
-use super::credits::{SLOT, SLOTS};
+use super::credits::SLOT;
 
 /// Bytes of a [`Description`].
 pub const SIZE: usize = 64;
 const MAGIC: [u8; 8] = *b"KRGRDMA\n";
-const VERSION: u16 = 1;
+/// 2: two queue pairs.
+const VERSION: u16 = 2;
 
 /// One end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +26,8 @@ pub struct Description {
     pub gid: [u8; 16],
     /// Where the landing ring begins, in the address space of its owner.
     pub ring: u64,
+    /// Slots of it.
+    pub slots: u16,
     /// The key to write there.
     pub key: u32,
 }
@@ -47,7 +52,7 @@ impl Description {
         let mut bytes = [0; SIZE];
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[10..12].copy_from_slice(&(SLOTS as u16).to_le_bytes());
+        bytes[10..12].copy_from_slice(&self.slots.to_le_bytes());
         bytes[12..16].copy_from_slice(&(SLOT as u32).to_le_bytes());
         bytes[16..20].copy_from_slice(&self.queue_pair.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.packet.to_le_bytes());
@@ -58,11 +63,11 @@ impl Description {
         bytes
     }
 
-    /// Reads and checks one.
+    /// Reads and checks one of an end for rings of `slots`.
     ///
     /// # Errors
     /// See [`BadDescription`].
-    pub fn decode(bytes: &[u8; SIZE]) -> Result<Self, BadDescription> {
+    pub fn decode(bytes: &[u8; SIZE], slots: u16) -> Result<Self, BadDescription> {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         if bytes[..8] != MAGIC {
@@ -74,16 +79,17 @@ impl Description {
         let mut gid = [0; 16];
         gid.copy_from_slice(&bytes[32..48]);
         let ring = u64::from(word(48)) | u64::from(word(52)) << 32;
-        let end = ring.checked_add(SLOTS * SLOT as u64);
+        let end = ring.checked_add(u64::from(slots) * SLOT as u64);
         let description = Self {
             queue_pair: word(16),
             packet: word(20),
             mtu: bytes[24],
             gid,
             ring,
+            slots: half(10),
             key: word(56),
         };
-        let fits = u64::from(half(10)) == SLOTS
+        let fits = description.slots == slots
             && word(12) as usize == SLOT
             && description.queue_pair < 1 << 24
             && description.packet < 1 << 24
@@ -107,12 +113,13 @@ mod tests {
         mtu: 5,
         gid: [7; 16],
         ring: 0x7f00_1234_5000,
+        slots: 128,
         key: 0xdeadbeef,
     };
 
     #[test]
     fn is_read_back() {
-        assert_eq!(Description::decode(&GOOD.encode()), Ok(GOOD));
+        assert_eq!(Description::decode(&GOOD.encode(), 128), Ok(GOOD));
     }
 
     #[test]
@@ -120,7 +127,7 @@ mod tests {
         let with = |at: usize, byte: u8| {
             let mut bytes = GOOD.encode();
             bytes[at] = byte;
-            Description::decode(&bytes)
+            Description::decode(&bytes, 128)
         };
         assert_eq!(with(0, b'X'), Err(BadDescription::Magic));
         assert_eq!(with(8, 9), Err(BadDescription::Version(9)));
@@ -131,6 +138,8 @@ mod tests {
             ring: u64::MAX - 5,
             ..GOOD
         };
-        assert_eq!(Description::decode(&far.encode()), Err(BadDescription::Values));
+        assert_eq!(Description::decode(&far.encode(), 128), Err(BadDescription::Values));
+        // The end for blocks in the place of that for messages.
+        assert_eq!(Description::decode(&GOOD.encode(), 32), Err(BadDescription::Values));
     }
 }

@@ -1,15 +1,19 @@
-//! The sending side of the connection to one peer.
+//! The sending side of one of the queue pairs to a peer.
 
-use std::collections::VecDeque;
-use std::net::{Shutdown, TcpStream};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::credits::{self, Credits, SLOT, SLOTS};
-use super::verbs::{Completion, Endpoint, Failure};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::beside::Beside;
+use super::credits::{self, Credits, SLOT};
+use super::verbs::{Completion, Endpoint, Failure, VerbsError};
 use crate::errno::Errno;
 use crate::transport::counters::{Counters, PeerCount};
+use crate::transport::ends;
 use crate::transport::frame::{self, HEADER, HEARTBEAT, MAX_PAYLOAD, Malformed};
+use crate::transport::queue::{Body, Queue, part_of};
 use crate::transport::{Config, LostReason, SendError};
 
 /// A queue larger than this gives its memory back when it has drained.
@@ -18,15 +22,16 @@ const KEEP: usize = 4 << 20;
 /// peer is sent by the receiver, which hears of the room first.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// One peer's connection with its outbound queue.
+/// A queue pair with its outbound queue.
 #[derive(Debug)]
 pub struct Link {
     peer: usize,
     /// This end.
     pub end: Endpoint,
-    /// The connection that the ends were described over. Nothing is sent on it any more; it ends with the
-    /// peer's process.
-    pub stream: TcpStream,
+    /// The connection beside all of the peer's links.
+    pub beside: Arc<Beside>,
+    /// Readable once nothing is sent any more, for the receiver.
+    pub over: EventFd,
     /// What went over the link.
     pub counters: Counters,
     /// Why we gave it up; the receiver reports it.
@@ -36,13 +41,14 @@ pub struct Link {
     config: Config,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Outbound {
     credits: Credits,
     /// Messages that the device is through with: their staging slots are free.
     retired: u64,
-    /// Bytes of frames that found no slot. While there are any, new frames go behind them.
-    queue: VecDeque<u8>,
+    /// Bytes of frames that found no slot, or that the writer is to send. While there are any, new frames go
+    /// behind them.
+    queue: Queue,
     /// Something was sent since the last look.
     active: bool,
     /// No more frames: send what is queued until this moment, then end the stream.
@@ -54,18 +60,46 @@ struct Outbound {
 #[derive(Default)]
 struct Open(usize);
 
-impl Link {
-    pub fn new(peer: usize, end: Endpoint, stream: TcpStream, config: Config) -> Self {
+impl Outbound {
+    fn new(slots: u16) -> Self {
         Self {
+            credits: Credits::new(slots),
+            retired: 0,
+            queue: Queue::default(),
+            active: false,
+            flush_until: None,
+            ended: false,
+        }
+    }
+
+    /// Staging slots that the device still needs.
+    fn under_way(&self) -> u64 {
+        self.credits.sent() - self.retired
+    }
+}
+
+impl Link {
+    /// Over `end`, which is connected.
+    ///
+    /// # Errors
+    /// No event descriptor.
+    pub fn new(peer: usize, end: Endpoint, beside: Arc<Beside>, config: Config) -> Result<Self, VerbsError> {
+        let over = EventFd::new(EFD_NONBLOCK).map_err(|error| VerbsError::Call {
+            call: "eventfd",
+            errno: Errno::of(&error),
+        })?;
+        let outbound = Mutex::new(Outbound::new(end.slots()));
+        Ok(Self {
             peer,
             end,
-            stream,
+            beside,
+            over,
             counters: Counters::new(),
             lost: OnceLock::new(),
-            outbound: Mutex::default(),
+            outbound,
             changed: Condvar::new(),
             config,
-        }
+        })
     }
 
     /// See [`crate::transport::Transport::send`].
@@ -81,6 +115,21 @@ impl Link {
             frames
                 .iter()
                 .try_for_each(|frame| self.put_frame(outbound, open, class, &[frame]))
+        })
+    }
+
+    /// See [`crate::transport::Transport::send_from`]: the writer thread copies the body into the ring, and the
+    /// receiver what finds room later.
+    pub fn send_from(&self, class: u8, head: &[u8], body: &Body, part: Range<usize>) -> Result<(), SendError> {
+        let part = part_of(body, part);
+        let len = head.len() + part.len();
+        self.check(class, len)?;
+        self.enter(|outbound, _| {
+            let was_empty = outbound.queue.is_empty();
+            outbound.queue.copy(&frame::header(class, len));
+            outbound.queue.copy(head);
+            outbound.queue.lend(body.clone(), part);
+            self.accepted(outbound, was_empty, class, len)
         })
     }
 
@@ -126,8 +175,13 @@ impl Link {
             } else {
                 part
             };
-            outbound.queue.extend(rest);
+            outbound.queue.copy(rest);
         }
+        self.accepted(outbound, was_empty, class, len)
+    }
+
+    /// A frame is in slots and, as far as those did not do, in the queue, which `was_empty` before.
+    fn accepted(&self, outbound: &mut Outbound, was_empty: bool, class: u8, len: usize) -> Result<(), LostReason> {
         if outbound.queue.len() > self.config.queue_limit {
             return Err(LostReason::Overrun {
                 bytes: outbound.queue.len(),
@@ -145,7 +199,7 @@ impl Link {
     fn put<'a>(&self, outbound: &mut Outbound, open: &mut Open, mut bytes: &'a [u8]) -> Result<&'a [u8], LostReason> {
         while !bytes.is_empty() && self.has_slot(outbound)? {
             let (now, later) = bytes.split_at(bytes.len().min(SLOT - open.0));
-            self.end.stage((outbound.credits.sent() % SLOTS) as usize, open.0, now);
+            self.end.stage(outbound.credits.next_to_send(), open.0, now);
             open.0 += now.len();
             bytes = later;
             if open.0 == SLOT {
@@ -165,10 +219,11 @@ impl Link {
 
     /// Whether the next slot is free, here and at the peer.
     fn has_slot(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
-        if outbound.credits.sent() - outbound.retired >= SLOTS / 2 {
+        let slots = u64::from(self.end.slots());
+        if outbound.under_way() >= slots / 2 {
             self.retire(outbound)?;
         }
-        Ok(outbound.credits.may_send() && outbound.credits.sent() - outbound.retired < SLOTS)
+        Ok(outbound.credits.may_send() && outbound.under_way() < slots)
     }
 
     fn post(&self, outbound: &mut Outbound, len: usize) -> Result<(), LostReason> {
@@ -227,23 +282,22 @@ impl Link {
 
     fn may_update(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
         self.retire(outbound)?;
-        Ok(outbound.credits.may_update() && outbound.credits.sent() - outbound.retired < SLOTS)
+        Ok(outbound.credits.may_update() && outbound.under_way() < u64::from(self.end.slots()))
     }
 
     fn drain(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
         let mut open = Open::default();
         while !outbound.queue.is_empty() && self.has_slot(outbound)? {
-            let mut queue = std::mem::take(&mut outbound.queue);
-            let (front, _) = queue.as_slices();
-            let left = self.put(outbound, &mut open, front).map(<[u8]>::len);
-            let sent = front.len() - left.as_ref().map_or(0, |left| *left);
-            queue.drain(..sent);
-            outbound.queue = queue;
-            left?;
+            let (slot, begin) = (outbound.credits.next_to_send(), open.0);
+            for bytes in outbound.queue.front(SLOT - begin) {
+                self.end.stage(slot, open.0, &bytes);
+                open.0 += bytes.len();
+            }
+            outbound.queue.sent(open.0 - begin, KEEP);
             outbound.active = true;
-        }
-        if outbound.queue.is_empty() && outbound.queue.capacity() > KEEP {
-            outbound.queue.shrink_to(KEEP);
+            if open.0 == SLOT {
+                self.close(outbound, &mut open)?;
+            }
         }
         self.close(outbound, &mut open)
     }
@@ -277,7 +331,7 @@ impl Link {
                 break;
             }
             if let Some(until) = outbound.flush_until {
-                let through = outbound.queue.is_empty() && outbound.retired == outbound.credits.sent();
+                let through = outbound.queue.is_empty() && outbound.under_way() == 0;
                 if through || now >= until {
                     break;
                 }
@@ -309,28 +363,22 @@ impl Link {
                 .0;
         }
         outbound.ended = true;
-        // The peer has everything by now, or never will; this is how it sees the end.
-        let _ = self.stream.shutdown(Shutdown::Write);
+        self.beside.through();
     }
 
-    /// Ends the stream because of an error. The first reason counts. The receiver, woken by the end of the
-    /// connection beside it, reports it: the caller may hold locks that the handler needs.
+    /// Ends the stream because of an error. The first reason counts. The receiver, which this wakes, reports it:
+    /// the caller may hold locks that the handler needs.
     fn give_up(&self, outbound: &mut Outbound, reason: LostReason) {
         let _ = self.lost.set(reason);
         self.finish(outbound);
     }
 
-    /// The receiver has seen the end: no more sending.
-    pub fn end(&self) {
-        self.finish(&mut self.lock());
-    }
-
     fn finish(&self, outbound: &mut Outbound) {
         outbound.ended = true;
-        outbound.queue = VecDeque::new();
+        outbound.queue = Queue::default();
         self.changed.notify_one();
-        // Fails if the stream is gone, which is what we want.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        // Fails if it is more than readable already.
+        let _ = self.over.write(1);
     }
 
     /// Why the device broke the connection, as what was sent tells; to be asked when something failed.
@@ -357,6 +405,14 @@ impl Link {
     fn lock(&self) -> MutexGuard<'_, Outbound> {
         // Nothing in here leaves the queue half changed.
         self.outbound.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ends::Link for Link {
+    fn end(&self) {
+        self.finish(&mut self.lock());
+        // The peer has to see it, too.
+        self.beside.end();
     }
 }
 

@@ -23,6 +23,11 @@ impl Patience {
         }
     }
 
+    /// For messages that nobody waits for that urgently: it never looks.
+    pub fn none() -> Self {
+        Self::new(1)
+    }
+
     /// How long to look now.
     pub fn look(&self) -> Duration {
         if self.never || self.expected > LONGEST {
@@ -55,5 +60,6 @@ mod tests {
         }
         assert_eq!(patience.look(), LONGEST);
         assert_eq!(Patience::new(1).look(), Duration::ZERO);
+        assert_eq!(Patience::none().look(), Duration::ZERO);
     }
 }

@@ -1,6 +1,5 @@
-//! The receiving side of the connection to one peer: a thread.
+//! The receiving side of one of the queue pairs to a peer: a thread.
 
-use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +10,7 @@ use super::link::{self, Link};
 use super::patience::Patience;
 use super::verbs::Completion;
 use crate::errno::Errno;
+use crate::transport::ends::Ends;
 use crate::transport::frame::{Decoder, HEADER, HEARTBEAT, Malformed};
 use crate::transport::{Handler, LostReason, PeerEvent};
 
@@ -23,7 +23,10 @@ const BATCH: usize = 16;
 /// What a receiver thread has.
 pub struct Receiver {
     pub peer: usize,
+    /// 0: the queue pair with the messages.
+    pub number: usize,
     pub link: Arc<Link>,
+    pub ends: Arc<Ends<Link>>,
     pub handler: Arc<dyn Handler>,
     pub stopping: Arc<AtomicBool>,
     pub silence: Duration,
@@ -35,24 +38,27 @@ enum Wait {
     Look,
     /// Nothing for a step.
     Nothing,
-    /// The connection beside has ended.
+    /// The connection beside has ended, or this node has ended the link.
     Ended(LostReason),
 }
 
 impl Receiver {
-    /// Hands frames on until the stream ends, and then tells how it did.
+    /// Hands frames on until the stream ends, and then tells how it did, if it is the peer's last.
     pub fn run(&self) {
         crate::priority::raise();
         let event = self.receive();
-        self.link.end();
-        if !self.stopping.load(Ordering::SeqCst) {
+        let last = self.ends.end(self.number, event, self.silence);
+        if let Some(event) = last.filter(|_| !self.stopping.load(Ordering::SeqCst)) {
             self.handler.event(event);
         }
     }
 
     fn receive(&self) -> PeerEvent {
         let mut decoder = Decoder::new();
-        let mut patience = Patience::new(std::thread::available_parallelism().map_or(1, usize::from));
+        let mut patience = match self.number {
+            0 => Patience::new(std::thread::available_parallelism().map_or(1, usize::from)),
+            _ => Patience::none(),
+        };
         let mut batch = [Completion::default(); BATCH];
         let mut silent_steps = 0;
         let mut idle_since = None;
@@ -149,7 +155,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Sleeps until the armed device has a message, the connection beside ends, or a step is over.
+    /// Sleeps until the armed device has a message, the connection beside or the link ends, or a step is over.
     fn sleep(&self) -> Result<Wait, Errno> {
         let entry = |fd| libc::pollfd {
             fd,
@@ -158,12 +164,14 @@ impl Receiver {
         };
         let mut entries = [
             entry(self.link.end.event_fd().as_raw_fd()),
-            entry(self.link.stream.as_raw_fd()),
+            entry(self.link.beside.as_raw_fd()),
+            entry(self.link.over.as_raw_fd()),
         ];
         // Zero would mean no wait.
         let step = (self.silence / STEPS).max(Duration::from_millis(1)).as_millis();
+        let count = entries.len() as libc::nfds_t;
         // SAFETY: the pointer and the count describe the entries, whose descriptors are open.
-        let ready = unsafe { libc::poll(entries.as_mut_ptr(), 2, i32::try_from(step).unwrap_or(i32::MAX)) };
+        let ready = unsafe { libc::poll(entries.as_mut_ptr(), count, i32::try_from(step).unwrap_or(i32::MAX)) };
         if ready == 0 {
             return Ok(Wait::Nothing);
         }
@@ -178,22 +186,16 @@ impl Receiver {
         if entries[0].revents != 0 {
             self.link.end.clear_events();
         }
-        Ok(if entries[1].revents != 0 {
-            self.ended()
-        } else {
-            Wait::Look
-        })
-    }
-
-    /// How the connection beside has ended.
-    fn ended(&self) -> Wait {
-        match self.link.stream.peek(&mut [0]) {
-            Ok(0) => Wait::Ended(LostReason::Closed),
-            // Nothing is due there.
-            Ok(_) => Wait::Ended(LostReason::Broken(Errno(libc::EPROTO))),
-            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => Wait::Look,
-            Err(error) => Wait::Ended(LostReason::Broken(Errno::of(&error))),
-        }
+        // Whoever ended the link knows why: `lost`, or the receiver of the other one.
+        let over = (entries[2].revents != 0).then_some(LostReason::Closed);
+        let beside = || {
+            if entries[1].revents != 0 {
+                self.link.beside.ended()
+            } else {
+                None
+            }
+        };
+        Ok(over.or_else(beside).map_or(Wait::Look, Wait::Ended))
     }
 
     /// The first reason counts.

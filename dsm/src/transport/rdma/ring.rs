@@ -2,17 +2,15 @@
 
 use std::ptr;
 
-use super::credits::{SLOT, SLOTS};
+use super::credits::SLOT;
 use crate::errno::Errno;
-
-/// Bytes of a ring.
-pub const SIZE: usize = SLOTS as usize * SLOT;
 
 /// The slots of one direction. No reference to its bytes is ever made, since the device (and through
 /// it the peer) may change them at any time: they are only copied in and out.
 #[derive(Debug)]
 pub struct Ring {
     start: *mut u8,
+    slots: usize,
 }
 
 // SAFETY: the address is that of a mapping that this value owns; the mapping may be used from any thread.
@@ -23,18 +21,36 @@ unsafe impl Send for Ring {}
 unsafe impl Sync for Ring {}
 
 impl Ring {
-    /// A ring of zeros, all of it present.
+    /// A ring of so many slots of zeros, all of it present.
     ///
     /// # Errors
     /// No memory.
-    pub fn new() -> Result<Self, Errno> {
+    pub fn new(slots: u16) -> Result<Self, Errno> {
+        let slots = usize::from(slots);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe { libc::mmap(ptr::null_mut(), SIZE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                slots * SLOT,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
         if start == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        Ok(Self { start: start.cast() })
+        Ok(Self {
+            start: start.cast(),
+            slots,
+        })
+    }
+
+    /// Its bytes.
+    pub fn size(&self) -> usize {
+        self.slots * SLOT
     }
 
     /// Where it begins.
@@ -44,14 +60,14 @@ impl Ring {
 
     /// Address of a slot in this process.
     pub fn address(&self, slot: usize) -> u64 {
-        assert!(slot < SLOTS as usize, "slot {slot}");
+        assert!(slot < self.slots, "slot {slot}");
         self.start as u64 + (slot * SLOT) as u64
     }
 
     /// Copies `bytes` into a slot, from `at` on.
     pub fn copy_in(&self, slot: usize, at: usize, bytes: &[u8]) {
         assert!(
-            slot < SLOTS as usize && at <= SLOT && bytes.len() <= SLOT - at,
+            slot < self.slots && at <= SLOT && bytes.len() <= SLOT - at,
             "slot {slot}, {at}+{}",
             bytes.len()
         );
@@ -63,7 +79,7 @@ impl Ring {
     /// Copies bytes of a slot, from `at` on, into `to`.
     pub fn copy_out(&self, slot: usize, at: usize, to: &mut [u8]) {
         assert!(
-            slot < SLOTS as usize && at <= SLOT && to.len() <= SLOT - at,
+            slot < self.slots && at <= SLOT && to.len() <= SLOT - at,
             "slot {slot}, {at}+{}",
             to.len()
         );
@@ -77,7 +93,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and no reference into it exists; the owner has ended the device's
         // use of it before (`Endpoint` deregisters first).
-        unsafe { libc::munmap(self.start.cast(), SIZE) };
+        unsafe { libc::munmap(self.start.cast(), self.size()) };
     }
 }
 
@@ -87,8 +103,9 @@ mod tests {
 
     #[test]
     fn bytes_stay_in_their_slot() {
-        let ring = Ring::new().unwrap();
-        let last = SLOTS as usize - 1;
+        let ring = Ring::new(4).unwrap();
+        let last = 3;
+        assert_eq!(ring.size(), 4 * SLOT);
         ring.copy_in(last, SLOT - 3, &[1, 2, 3]);
         ring.copy_in(0, 0, &[9; SLOT]);
         let mut got = [0; 4];

@@ -10,10 +10,10 @@ use std::sync::OnceLock;
 use libloading::Library;
 
 use super::abi::{self, *};
-use super::credits::{SLOT, SLOTS};
+use super::credits::SLOT;
 use super::device::RdmaPort;
 use super::exchange::Description;
-use super::ring::{self, Ring};
+use super::ring::Ring;
 use crate::errno::Errno;
 
 /// Its name says its version; Debian has it in the package libibverbs1.
@@ -171,6 +171,8 @@ pub struct Endpoint {
     received: *mut ibv_cq,
     pair: *mut ibv_qp,
     inline: u32,
+    /// Of either ring.
+    slots: u16,
     port: RdmaPort,
     mtu: u8,
     packet: u32,
@@ -219,26 +221,27 @@ fn done(call: &'static str, result: c_int) -> Result<(), VerbsError> {
 }
 
 impl Endpoint {
-    /// An end at `port`, ready to be described to the peer. `packet` is random.
+    /// An end at `port` with rings of `slots`, ready to be described to the peer. `packet` is random.
     ///
     /// # Errors
     /// No library, no device, or no resources.
-    pub fn open(port: &RdmaPort, packet: u32) -> Result<Self, VerbsError> {
+    pub fn open(port: &RdmaPort, slots: u16, packet: u32) -> Result<Self, VerbsError> {
         let verbs = verbs()?;
         let no_memory = |errno| VerbsError::Call { call: "mmap", errno };
         let mut end = Self {
             verbs,
             context: ptr::null_mut(),
             pd: ptr::null_mut(),
-            landing: Ring::new().map_err(no_memory)?,
+            landing: Ring::new(slots).map_err(no_memory)?,
             landing_mr: ptr::null_mut(),
-            staging: Ring::new().map_err(no_memory)?,
+            staging: Ring::new(slots).map_err(no_memory)?,
             staging_mr: ptr::null_mut(),
             channel: ptr::null_mut(),
             sent: ptr::null_mut(),
             received: ptr::null_mut(),
             pair: ptr::null_mut(),
             inline: 0,
+            slots,
             port: port.clone(),
             mtu: 1,
             packet: packet & 0xff_ffff,
@@ -246,8 +249,8 @@ impl Endpoint {
         };
         end.context = open_device(verbs, &port.device)?;
         let mut attributes = ibv_port_attr::default();
-        // Completions in either queue are at most one for each request, of which there are SLOTS.
-        let depth = SLOTS as c_int + 8;
+        // Completions in either queue are at most one for each request, of which there are as many as slots.
+        let depth = c_int::from(slots) + 8;
         // SAFETY: every pointer handed on was given by the library just before and is not given back
         // before `drop`; rings and attributes outlive the calls, and the rings their registrations.
         unsafe {
@@ -257,9 +260,9 @@ impl Endpoint {
             )?;
             end.pd = given("ibv_alloc_pd", (verbs.alloc_pd)(end.context))?;
             let access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-            let mr = (verbs.reg_mr)(end.pd, end.landing.start().cast(), ring::SIZE, access);
+            let mr = (verbs.reg_mr)(end.pd, end.landing.start().cast(), end.landing.size(), access);
             end.landing_mr = given("ibv_reg_mr", mr)?;
-            let mr = (verbs.reg_mr)(end.pd, end.staging.start().cast(), ring::SIZE, 0);
+            let mr = (verbs.reg_mr)(end.pd, end.staging.start().cast(), end.staging.size(), 0);
             end.staging_mr = given("ibv_reg_mr", mr)?;
             end.channel = given("ibv_create_comp_channel", (verbs.create_comp_channel)(end.context))?;
             let none = ptr::null_mut();
@@ -282,7 +285,7 @@ impl Endpoint {
         set_nonblocking(end.event_fd()).map_err(|errno| VerbsError::Call { call: "fcntl", errno })?;
         end.create_pair()?;
         end.initialise()?;
-        for _ in 0..SLOTS {
+        for _ in 0..slots {
             end.post_receive().map_err(|errno| VerbsError::Call {
                 call: "ibv_post_recv",
                 errno,
@@ -303,8 +306,8 @@ impl Endpoint {
                 recv_cq: self.received,
                 srq: ptr::null_mut(),
                 cap: ibv_qp_cap {
-                    max_send_wr: SLOTS as u32,
-                    max_recv_wr: SLOTS as u32,
+                    max_send_wr: u32::from(self.slots),
+                    max_recv_wr: u32::from(self.slots),
                     max_send_sge: 1,
                     max_recv_sge: 1,
                     max_inline_data,
@@ -351,11 +354,17 @@ impl Endpoint {
             mtu,
             gid,
             ring: self.landing.address(0),
+            slots: self.slots,
             key,
         }
     }
 
-    /// Connects to the end that `peer` describes: messages may come from now on. They may be sent once
+    /// Slots of either ring, which are also the requests that may be under way.
+    pub fn slots(&self) -> u16 {
+        self.slots
+    }
+
+    /// Connects to the end that `peer` describes, with rings like these: messages may come from now on. They may be sent once
     /// the peer has done the same.
     ///
     /// # Errors
