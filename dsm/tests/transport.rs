@@ -422,6 +422,24 @@ fn nothing_waits_behind_blocks() {
 }
 
 #[test]
+fn blocks_without_a_stream_of_their_own_keep_their_place() {
+    let (near, far) = pair();
+    let one = TcpTransport::new(vec![None, Some(near)], Config::default()).unwrap();
+    let two = TcpTransport::new(vec![Some(far), None], Config::default()).unwrap();
+    let (_ours, theirs) = (record(&one), record(&two));
+    let body: Body = Arc::new(vec![7u8; MAX_PAYLOAD - 1]);
+    for number in 0..24 {
+        one.send_from(1, 2, &[number], &body, 0..MAX_PAYLOAD).unwrap();
+        one.send(1, 1, &[&[number]]).unwrap();
+    }
+    for number in 0..24 {
+        let News::Frame(0, 2, payload) = theirs.recv_timeout(PATIENCE).unwrap() else { panic!("something else") };
+        assert_eq!((payload[0], payload.len()), (number, MAX_PAYLOAD));
+        assert_eq!(theirs.recv_timeout(PATIENCE).unwrap(), News::Frame(0, 1, vec![number]));
+    }
+}
+
+#[test]
 fn last_words_come_although_the_other_stream_has_ended() {
     let ((near, far), (near_blocks, far_blocks)) = (pair(), pair());
     let streams = Streams { messages: near, blocks: Some(near_blocks) };

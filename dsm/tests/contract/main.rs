@@ -8,6 +8,7 @@
 //! Each scenario is two programs, one for each node, with a connection between them beside the transport
 //! under test.
 
+mod blocks;
 mod nodes;
 mod scenarios;
 

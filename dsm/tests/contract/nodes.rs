@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use krg_dsm::transport::rdma::RdmaTransport;
-use krg_dsm::transport::{Config, Handler, PeerEvent, TcpTransport, Transport};
+use krg_dsm::transport::{Config, Handler, PeerEvent, Streams, TcpTransport, Transport};
 
 use super::scenarios::{SCENARIOS, Scenario};
 
@@ -48,12 +48,20 @@ pub struct Side {
 }
 
 impl Side {
-    fn new(kind: Kind, node: usize, stream: TcpStream, beside: TcpStream, config: Config) -> Self {
-        let mut peers = vec![None, None];
-        peers[1 - node] = Some(stream);
+    /// `next` makes one connection after the other to the other node: as many as the transport needs.
+    fn new(kind: Kind, node: usize, mut next: impl FnMut() -> TcpStream, beside: TcpStream, config: Config) -> Self {
+        fn to_other<T>(node: usize, streams: T) -> Vec<Option<T>> {
+            let mut peers = vec![None, None];
+            peers[1 - node] = Some(streams);
+            peers
+        }
+        let messages = next();
         let transport: Arc<dyn Transport> = match kind {
-            Kind::Tcp => Arc::new(TcpTransport::new(peers, config).unwrap()),
-            Kind::Rdma => Arc::new(RdmaTransport::connect(peers, config).unwrap()),
+            Kind::Tcp => {
+                let streams = Streams { messages, blocks: Some(next()) };
+                Arc::new(TcpTransport::new(to_other(node, streams), config).unwrap())
+            }
+            Kind::Rdma => Arc::new(RdmaTransport::connect(to_other(node, messages), config).unwrap()),
         };
         beside.set_read_timeout(Some(PATIENCE)).unwrap();
         Self {
@@ -137,8 +145,8 @@ pub fn near(kind: Kind, far: SocketAddr, scenario: &Scenario) -> Result<(), Stri
     let beside = connect()?;
     writeln!(&beside, "{kind} {}", scenario.name).unwrap();
     let verdict = beside.try_clone().unwrap();
-    let stream = connect()?;
-    let mine = attempt(|| (scenario.near)(&Side::new(kind, 0, stream, beside, scenario.config)));
+    let next = || connect().expect("the far node listens");
+    let mine = attempt(|| (scenario.near)(&Side::new(kind, 0, next, beside, scenario.config)));
     if mine.is_err() {
         // The other one waits for what will not come.
         let _ = verdict.shutdown(std::net::Shutdown::Write);
@@ -188,9 +196,9 @@ impl Listener {
             let Some(scenario) = SCENARIOS.iter().find(|scenario| scenario.name == name) else {
                 continue;
             };
-            let (stream, _) = self.0.accept().unwrap();
+            let next = || self.0.accept().unwrap().0;
             let verdict = beside.try_clone().unwrap();
-            let result = attempt(|| (scenario.far)(&Side::new(kind, 1, stream, beside, scenario.config)));
+            let result = attempt(|| (scenario.far)(&Side::new(kind, 1, next, beside, scenario.config)));
             let line = match result {
                 Ok(()) => "ok".to_owned(),
                 Err(reason) => reason.replace('\n', " "),

@@ -9,6 +9,7 @@ use krg_dsm::transport::{
     Config, HEARTBEAT, Handler, LostReason, MAX_PAYLOAD, PeerEvent, SendError, Transport, TransportError,
 };
 
+use super::blocks;
 use super::nodes::{News, PATIENCE, Side};
 
 /// Two programs.
@@ -51,10 +52,31 @@ pub const SCENARIOS: &[Scenario] = &[
         far: together::far,
     },
     Scenario {
-        name: "frames_sent_from_where_they_are_keep_their_place",
+        name: "frames_sent_from_where_they_are_keep_their_order",
         config: USUAL,
-        near: lent::near,
-        far: lent::far,
+        near: blocks::order::near,
+        far: blocks::order::far,
+    },
+    Scenario {
+        name: "messages_do_not_wait_behind_blocks",
+        config: USUAL,
+        near: blocks::overtaken::near,
+        far: blocks::overtaken::far,
+    },
+    Scenario {
+        name: "a_peer_that_takes_no_blocks_is_lost_once",
+        config: Config {
+            queue_limit: 8 << 20,
+            ..USUAL
+        },
+        near: blocks::untaken::near,
+        far: deaf::far,
+    },
+    Scenario {
+        name: "a_peer_that_ends_among_blocks_is_lost_once",
+        config: USUAL,
+        near: blocks::farewell::near,
+        far: blocks::farewell::far,
     },
     Scenario {
         name: "floods_both_ways_do_not_deadlock",
@@ -120,18 +142,30 @@ pub const SCENARIOS: &[Scenario] = &[
         far: page::far,
     },
     Scenario {
+        name: "round_trip_of_a_page_beside_blocks",
+        config: USUAL,
+        near: blocks::beside::near,
+        far: page::far,
+    },
+    Scenario {
         name: "stream_of_pages",
         config: USUAL,
         near: stream::near,
         far: stream::far,
     },
+    Scenario {
+        name: "stream_of_blocks",
+        config: USUAL,
+        near: blocks::stream::near,
+        far: blocks::stream::far,
+    },
 ];
 
-const FAR_CLOSED: PeerEvent = PeerEvent::Lost {
+pub const FAR_CLOSED: PeerEvent = PeerEvent::Lost {
     peer: 1,
     reason: LostReason::Closed,
 };
-const NEAR_CLOSED: PeerEvent = PeerEvent::Lost {
+pub const NEAR_CLOSED: PeerEvent = PeerEvent::Lost {
     peer: 0,
     reason: LostReason::Closed,
 };
@@ -247,56 +281,6 @@ mod together {
             }
         }
         assert_eq!(news.frame(4), b"next");
-        side.send(9, &[]);
-        assert_eq!(news.event(), NEAR_CLOSED);
-    }
-}
-
-mod lent {
-    use super::*;
-
-    const COUNT: usize = 300;
-
-    fn body() -> Vec<u8> {
-        (0..MAX_PAYLOAD).map(|at| (at * 13 % 241) as u8).collect()
-    }
-
-    fn part(number: usize) -> std::ops::Range<usize> {
-        match number % 3 {
-            0 => 0..number,
-            1 => number..100_000 + number,
-            _ => 0..MAX_PAYLOAD - 2,
-        }
-    }
-
-    pub fn near(side: &Side) {
-        let news = side.record();
-        let body: krg_dsm::transport::Body = Arc::new(body());
-        for number in 0..COUNT {
-            side.transport.send_from(1, 3, &[number as u8, 1], &body, part(number)).unwrap();
-            side.send(4, &[number as u8]);
-        }
-        // What there is not of a body is not sent.
-        side.transport.send_from(1, 3, &[7], &body, MAX_PAYLOAD - 1..2 * MAX_PAYLOAD).unwrap();
-        side.transport.send_from(1, 3, &[8], &body, 2 * MAX_PAYLOAD..3 * MAX_PAYLOAD).unwrap();
-        let len = MAX_PAYLOAD + 1;
-        assert_eq!(side.transport.send_from(1, 3, &[0], &body, 0..MAX_PAYLOAD), Err(SendError::TooLong { peer: 1, len }));
-        news.frame(9);
-        assert_eq!((side.transport.count(1).class(3).frames_out, side.transport.count(1).queued), (COUNT as u64 + 2, 0));
-        assert_eq!(Arc::strong_count(&body), 1);
-    }
-
-    pub fn far(side: &Side) {
-        let news = side.record();
-        let body = body();
-        for number in 0..COUNT {
-            let payload = news.frame(3);
-            assert_eq!(payload[..2], [number as u8, 1]);
-            assert!(payload[2..] == body[part(number)], "frame {number}");
-            assert_eq!(news.frame(4), [number as u8]);
-        }
-        assert_eq!(news.frame(3), [7, body[MAX_PAYLOAD - 1]]);
-        assert_eq!(news.frame(3), [8]);
         side.send(9, &[]);
         assert_eq!(news.event(), NEAR_CLOSED);
     }
@@ -612,22 +596,22 @@ mod wrong {
     }
 }
 
-const REQUEST: u8 = 1;
-const ANSWER: u8 = 2;
+pub const REQUEST: u8 = 1;
+pub const ANSWER: u8 = 2;
 
 /// A request of 16 bytes answered by a page, the pattern of a read miss. The time is told, not judged: it
 /// depends on the host.
-mod page {
+pub mod page {
     use super::*;
-
-    const COUNT: usize = 500;
 
     struct Echo(Arc<dyn Transport>, Mutex<mpsc::Sender<()>>);
 
     impl Handler for Echo {
-        fn frame(&self, peer: usize, _: u8, _: &[u8]) {
-            // A peer that is done is gone.
-            let _ = self.0.send(peer, ANSWER, &[&[0; 16], &[0; 4096]]);
+        fn frame(&self, peer: usize, class: u8, _: &[u8]) {
+            if class == REQUEST {
+                // A peer that is done is gone.
+                let _ = self.0.send(peer, ANSWER, &[&[0; 16], &[0; 4096]]);
+            }
         }
 
         fn event(&self, _: PeerEvent) {
@@ -636,8 +620,13 @@ mod page {
     }
 
     pub fn near(side: &Side) {
+        measure(side, "round trip with a page", 500);
+        side.transport.shutdown();
+    }
+
+    pub fn measure(side: &Side, what: &str, count: usize) {
         let news = side.record();
-        let mut times: Vec<Duration> = (0..COUNT)
+        let mut times: Vec<Duration> = (0..count)
             .map(|_| {
                 let started = Instant::now();
                 side.send(REQUEST, &[0; 16]);
@@ -645,14 +634,13 @@ mod page {
                 started.elapsed()
             })
             .collect();
-        let mean = times.iter().sum::<Duration>() / COUNT as u32;
+        let mean = times.iter().sum::<Duration>() / count as u32;
         times.sort_unstable();
-        let (p50, p99) = (times[COUNT / 2], times[COUNT * 99 / 100]);
+        let (p50, p99) = (times[count / 2], times[count * 99 / 100]);
         println!(
-            "{}: round trip with a page: mean {mean:?}, p50 {p50:?}, p99 {p99:?}",
+            "{}: {what}: mean {mean:?}, p50 {p50:?}, p99 {p99:?}",
             side.kind
         );
-        side.transport.shutdown();
     }
 
     pub fn far(side: &Side) {
