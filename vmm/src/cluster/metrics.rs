@@ -75,12 +75,18 @@ type Count = (&'static str, &'static str, Figure);
 /// Where a number is in what a node tells.
 type Figure = fn(&Told) -> Option<u64>;
 
-const COUNTERS: [Count; 10] = [
+const COUNTERS: [Count; 16] = [
     ("krg_pages_in", "Pages that came from other nodes", |told| told.pages_in),
     ("krg_pages_out", "Pages that went to other nodes", |told| told.pages_out),
     ("krg_messages_sent", "Messages to other nodes", |told| told.messages_out),
     ("krg_sent_bytes", "Bytes to other nodes", |told| told.bytes_out),
     ("krg_bounces", "Pages taken away soon after they had come", |told| told.bounces),
+    ("krg_page_table_flushes", "Comparisons of all replicated page tables before a release", |told| told.flushes),
+    ("krg_page_table_compared", "Replicated page tables compared", |told| told.pages_compared),
+    ("krg_page_table_words_merged", "Changed words of replicated page tables sent", |told| told.words_merged),
+    ("krg_page_table_promotions", "Pages that became replicated page tables", |told| told.promotions),
+    ("krg_page_table_demotions", "Replicated page tables taken back, as they are tables no longer", |told| told.demotions),
+    ("krg_page_table_conflicts", "Words two nodes had changed differently since the last merge", |told| told.conflicts),
     ("krg_evictions", "Copies of other nodes' pages given up for room", |told| told.evictions),
     ("krg_vcpu_exits", "Exits of vCPUs from KVM", |told| told.exits),
     ("krg_vcpu_arrivals", "vCPUs that came from other nodes", |told| told.arrivals),
@@ -215,7 +221,7 @@ mod tests {
     fn status() -> Status {
         Status::read(&json!({"name": "m", "at_ms": 9500, "cpus": 2, "memory": 4096, "sched": {"policy": "affinity", "moves": 3},
             "nodes": [{"host": "a", "online": true, "vcpus": [0, 1], "statistics": {"at_ms": 5000, "bounces": 7,
-                "dsm": {"read_faults": 11}, "copies": {"pages": 2},
+                "dsm": {"read_faults": 11, "flushes": 12, "words_merged": 13}, "copies": {"pages": 2},
                 "hot_pages": [{"address": 0x1000, "faults": 5, "bounces": 4, "threads": [{"thread": "a\"b\\", "faults": 5}]}]}},
                 {"host": "b", "online": false}],
             "vcpus": [{"node": 0, "migrate": true, "load": {"ran": 0.25, "waited": 0.5, "faults": [[1, 2.5]], "state": "halted"}}]}))
@@ -233,6 +239,8 @@ mod tests {
             "krg_node_figures_age_seconds{node=\"0\",host=\"a\"} 4.5",
             "krg_faults_total{node=\"0\",host=\"a\",kind=\"read\"} 11.0",
             "krg_bounces_total{node=\"0\",host=\"a\"} 7.0",
+            "krg_page_table_flushes_total{node=\"0\",host=\"a\"} 12.0",
+            "krg_page_table_words_merged_total{node=\"0\",host=\"a\"} 13.0",
             "krg_copies_bytes{node=\"0\",host=\"a\"} 8192.0",
             "krg_vcpu_state{vcpu=\"0\",state=\"halted\"} 1.0",
             "krg_vcpu_fault_rate{vcpu=\"0\",node=\"1\"} 2.5",
@@ -243,7 +251,7 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
-        for name in ["krg_pages_in", "krg_vcpu_pin", "krg_vcpu_stalled_ratio", "krg_sched_decisions", "kind=\"write\""] {
+        for name in ["krg_pages_in", "krg_page_table_conflicts", "krg_vcpu_pin", "krg_vcpu_stalled_ratio", "krg_sched_decisions", "kind=\"write\""] {
             assert!(!text.contains(name), "{name} in\n{text}");
         }
     }

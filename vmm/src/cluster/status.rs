@@ -73,6 +73,18 @@ pub struct Told {
     pub bytes_out: Option<u64>,
     /// Pages that were taken away soon after they had come.
     pub bounces: Option<u64>,
+    /// Comparisons of all replicas of page tables before a release.
+    pub flushes: Option<u64>,
+    /// Replicas compared in them.
+    pub pages_compared: Option<u64>,
+    /// Changed words of replicas that were sent.
+    pub words_merged: Option<u64>,
+    /// Pages that became replicated tables while the node owned them.
+    pub promotions: Option<u64>,
+    /// Replicas that the node asked to take back, as they are tables no longer.
+    pub demotions: Option<u64>,
+    /// Words that two nodes had changed differently since the last merge.
+    pub conflicts: Option<u64>,
     /// Copies that were given up for room.
     pub evictions: Option<u64>,
     /// Copies of other nodes' pages now.
@@ -179,6 +191,12 @@ impl Told {
             messages_out: told["messages_out"].as_u64(),
             bytes_out: told["bytes_out"].as_u64(),
             bounces: told["bounces"].as_u64(),
+            flushes: dsm("flushes"),
+            pages_compared: dsm("pages_compared"),
+            words_merged: dsm("words_merged"),
+            promotions: dsm("promotions"),
+            demotions: dsm("demotions"),
+            conflicts: dsm("conflicts"),
             evictions: dsm("evictions"),
             copies: told["copies"]["pages"].as_u64(),
             copies_limit: told["copies"]["limit"].as_u64(),
@@ -266,13 +284,16 @@ mod tests {
         let status = Status::read(&json!({
             "name": "m", "at_ms": 7000, "cpus": 1, "memory": 4096, "sched": {"policy": "affinity"},
             "nodes": [{"host": "a", "online": true, "vcpus": [0], "memory": 4096, "statistics": {
-                "at_ms": 5000, "dsm": {"read_faults": 1, "write_faults": 2, "upgrade_faults": 3},
+                "at_ms": 5000, "dsm": {"read_faults": 1, "write_faults": 2, "upgrade_faults": 3, "flushes": 4, "pages_compared": 5,
+                    "words_merged": 6, "promotions": 7, "demotions": 8, "conflicts": 9},
                 "hot_pages": [{"address": 4096, "faults": 5, "bounces": 4, "threads": [{"thread": "vcpu0", "faults": 5}]}]}}],
             "vcpus": [{"vcpu": 0, "node": 0, "pin": null, "migrate": true, "reason": "so",
                 "load": {"ran": 0.25, "faults": [[0, 4.0], [1, 2.5]], "state": "halted"}}]}));
         assert_eq!((status.policy.as_deref(), status.nodes[0].online), (Some("affinity"), true));
         let told = status.nodes[0].told.as_ref().unwrap();
         assert_eq!((told.faults(), told.pages_in), (Some(6), None));
+        assert_eq!((told.flushes, told.pages_compared, told.words_merged), (Some(4), Some(5), Some(6)));
+        assert_eq!((told.promotions, told.demotions, told.conflicts), (Some(7), Some(8), Some(9)));
         assert_eq!(told.hot_pages[0].threads, [("vcpu0".to_owned(), 5)]);
         let vcpu = &status.vcpus[0];
         assert_eq!((vcpu.ran, vcpu.stalled, vcpu.remote_faults()), (Some(0.25), None, Some(2.5)));
