@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from . import benchlab, membench, schedbench
+from . import benchlab, bootbench, membench, schedbench
 from .paths import REPO
 
 PROG = "ci/bench"
@@ -18,6 +18,7 @@ BENCHES = {
 }
 #: Those that need the lab: name, function, and what it is about.
 LAB_BENCHES = {
+    "boot": (bootbench.main, "faults of a stock kernel's boot over two hosts, and of its ticks and context switches (in the lab, as root)"),
     "memory": (membench.main, "loops over memory in a guest, beside a guest of QEMU and KVM (in the lab, as root)"),
 }
 

@@ -128,14 +128,17 @@ class Figures:
     def __init__(self, as_json):
         self.as_json = as_json
 
-    def put(self, name, values, others, other="rival", unit="ns"):
+    def put(self, name, values, others=None, other="rival", unit="ns"):
         """The best of `values` beside that of `others`, which ran in turns with them: noise only makes slower."""
-        value, rival = min(values), min(others)
+        value, beside = min(values), min(others) if others else None
         if self.as_json:
-            print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, other: round(rival, 3),
-                              "ratio": round(value / rival, 3)}), flush=True)
+            line = {"name": name, "value": round(value, 3), "unit": unit}
+            if beside is not None:
+                line |= {other: round(beside, 3), "ratio": round(value / beside, 3)}
+            print(json.dumps(line), flush=True)
         else:
-            print(f"  {name:52} {value:10.3f} {unit}  {other} {rival:10.3f}  ratio {value / rival:.3f}", flush=True)
+            end = f"  {other} {beside:10.3f}  ratio {value / beside:.3f}" if beside is not None else ""
+            print(f"  {name:56} {value:10.3f} {unit}{end}", flush=True)
 
 
 def measure(guests, figures, turns):
