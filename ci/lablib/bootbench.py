@@ -35,8 +35,8 @@ KINDS = ("read", "write", "upgrade")
 #: What replicated page tables cost: the protocol's counters, what they are called here, and their unit.
 TABLES = {"flushes": ("flushes", "flushes"), "pages_compared": ("pages compared", "pages"), "words_merged": ("words merged", "words"),
           "promotions": ("promotions", "pages"), "demotions": ("demotions", "pages"), "conflicts": ("conflicts", "words")}
-#: Ticks a second of Debian's kernel. Its timer interrupts are more here: with a clock over 16 times slower, Linux's 32-bit
-#: factor from time to counts of the local APIC overflows, so an interrupt comes too early and the timer is set again.
+#: Ticks a second of Debian's kernel. Its timer interrupts are several times more here, with a slow clock: early ones, after
+#: which the timer is set again. (Linux's factor for the local APIC's timer has 32 bits, too few above 16 times slower.)
 HZ = 250
 
 #: The root of the guest's disk has `taskset`, the initrd has not.
