@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -18,6 +19,8 @@ use crate::transport::{Config, LostReason, SendError};
 
 /// A queue larger than this gives its memory back when it has drained.
 const KEEP: usize = 4 << 20;
+/// Slots filled with the lock held at most, so that who sends does not wait long for it.
+const AT_ONCE: usize = 4;
 /// How often the writer looks whether a queue that waits for the device has moved. What waits for the
 /// peer is sent by the receiver, which hears of the room first.
 const LOOK: Duration = Duration::from_millis(5);
@@ -265,10 +268,16 @@ impl Link {
     /// when it has handed on what came, and so do those who wait.
     pub fn advance(&self) {
         let mut outbound = self.lock();
-        if outbound.ended {
-            return;
-        }
-        let result = self.drain(&mut outbound).and_then(|()| {
+        let result = loop {
+            if outbound.ended {
+                return;
+            }
+            match self.drain(&mut outbound) {
+                Ok(true) => outbound = self.let_others(outbound),
+                other => break other,
+            }
+        };
+        let result = result.and_then(|_| {
             if outbound.credits.update_due() && self.may_update(&mut outbound)? {
                 self.post(&mut outbound, 0)?;
                 outbound.active = true;
@@ -285,9 +294,20 @@ impl Link {
         Ok(outbound.credits.may_update() && outbound.under_way() < u64::from(self.end.slots()))
     }
 
-    fn drain(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
-        let mut open = Open::default();
+    /// Lets go of the lock for a moment.
+    fn let_others<'a>(&'a self, outbound: MutexGuard<'a, Outbound>) -> MutexGuard<'a, Outbound> {
+        drop(outbound);
+        thread::yield_now();
+        self.lock()
+    }
+
+    /// Fills free slots with what is queued: [`AT_ONCE`]. Whether there is more to do, with the lock taken anew.
+    fn drain(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
+        let (mut open, mut filled) = (Open::default(), 0);
         while !outbound.queue.is_empty() && self.has_slot(outbound)? {
+            if filled == AT_ONCE {
+                return Ok(true);
+            }
             let (slot, begin) = (outbound.credits.next_to_send(), open.0);
             for bytes in outbound.queue.front(SLOT - begin) {
                 self.end.stage(slot, open.0, &bytes);
@@ -297,9 +317,11 @@ impl Link {
             outbound.active = true;
             if open.0 == SLOT {
                 self.close(outbound, &mut open)?;
+                filled += 1;
             }
         }
-        self.close(outbound, &mut open)
+        self.close(outbound, &mut open)?;
+        Ok(false)
     }
 
     /// Sends the peer a first message without content, to see whether the way is open.
@@ -324,17 +346,24 @@ impl Link {
                 // An error of the device shows in what was sent.
                 self.retire(&mut outbound).and_then(|()| self.drain(&mut outbound))
             } else {
-                Ok(())
+                Ok(false)
             };
-            if let Err(reason) = result {
-                self.give_up(&mut outbound, reason);
-                break;
-            }
+            let more = match result {
+                Ok(more) => more,
+                Err(reason) => {
+                    self.give_up(&mut outbound, reason);
+                    break;
+                }
+            };
             if let Some(until) = outbound.flush_until {
                 let through = outbound.queue.is_empty() && outbound.under_way() == 0;
                 if through || now >= until {
                     break;
                 }
+            }
+            if more {
+                outbound = self.let_others(outbound);
+                continue;
             }
             if now >= next_look {
                 next_look = now + interval;
