@@ -57,7 +57,7 @@ impl<const W: usize> Engine<W> {
             && engine.pending.values().all(|pending| pending.acks.fits(geometry.nodes()))
             && engine.fence.fits(engine.me, geometry)
             && engine.pending.keys().chain(engine.ahead.keys()).chain(engine.given.keys()).all(|page| (*page as usize) < pages)
-            && engine.blocks.iter().all(|(first, awaited)| engine.block_from(*first).is_some_and(|block| awaited.fits(&block)))
+            && engine.blocks_fit()
             && engine.directory.fits(engine.me, geometry)
             && engine.tables.fits(geometry)
             && engine.access.iter().filter(|access| **access == Access::Replicated).count() == engine.tables.len()

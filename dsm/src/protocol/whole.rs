@@ -42,8 +42,16 @@ pub(super) struct Awaited<const W: usize> {
 impl<const W: usize> Awaited<W> {
     /// Whether it is about pages of this block alone.
     pub(super) fn fits(&self, block: &Range<u32>) -> bool {
-        let early = self.early.iter().map(|message| message.page());
+        let early = self.early.iter().map(|message| asked_of_owner(message));
         self.waits.keys().map(|page| Some(*page)).chain(early).all(|page| page.is_some_and(|page| block.contains(&page)))
+    }
+}
+
+/// The page of a message by which home asks something of a page's owner or reader.
+fn asked_of_owner<const W: usize>(message: &Message<W>) -> Option<u32> {
+    match *message {
+        Message::Fetch { page, .. } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => Some(page),
+        _ => None,
     }
 }
 
@@ -75,10 +83,7 @@ impl<const W: usize> Engine<W> {
 
     /// A message that has come. `None`: it is for the owner of a block that is on its way here, and is kept.
     pub(super) fn unless_early(&mut self, from: NodeId, message: Message<W>) -> Result<Option<Message<W>>, ProtocolError> {
-        let page = match message {
-            Message::Fetch { page, .. } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => page,
-            _ => return Ok(Some(message)),
-        };
+        let Some(page) = asked_of_owner(&message) else { return Ok(Some(message)) };
         if self.blocks.is_empty() || from != self.geometry.home(page) {
             return Ok(Some(message));
         }
@@ -106,22 +111,34 @@ impl<const W: usize> Engine<W> {
     /// some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`] come before it.
     /// `out.not_given` says what won't come.
     pub(super) fn ask_block(&mut self, first: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
-        let askable = self.block_from(first).filter(|block| {
-            let home = self.geometry.home(first);
-            let here = &self.access[block.start as usize..block.end as usize];
-            home != self.me
-                && !self.gone.contains(home)
-                && !self.blocks.contains_key(&first)
-                && self.pending.range(block.clone()).next().is_none()
-                && here.iter().all(|access| matches!(access, Access::Invalid | Access::Shared))
-                && here.contains(&Access::Invalid)
+        let askable = self.block_from(first).is_some_and(|block| {
+            let some = self.access[block.start as usize..block.end as usize].contains(&Access::Invalid);
+            some && !self.blocks.contains_key(&first) && self.may_await(&block)
         });
-        if askable.is_none() {
+        if !askable {
             return out.not_given.push(first);
         }
         self.blocks.insert(first, Awaited { waits: BTreeMap::new(), early: Vec::new() });
         self.counters.blocks_asked += 1;
         self.send(self.geometry.home(first), Message::AskBlock { page: first }, memory, out);
+    }
+
+    /// Whether a block is one that this node may have asked for, as far as what it has of it tells.
+    fn may_await(&self, block: &Range<u32>) -> bool {
+        let home = self.geometry.home(block.start);
+        let mut here = self.access[block.start as usize..block.end as usize].iter();
+        home != self.me
+            && !self.gone.contains(home)
+            && self.pending.range(block.clone()).next().is_none()
+            && here.all(|access| matches!(access, Access::Invalid | Access::Shared))
+    }
+
+    /// Whether what is written down of blocks on their way can be true.
+    pub(super) fn blocks_fit(&self) -> bool {
+        let fits = |(first, awaited): (&u32, &Awaited<W>)| {
+            self.block_from(*first).is_some_and(|block| awaited.fits(&block) && self.may_await(&block))
+        };
+        self.blocks.iter().all(fits)
     }
 
     /// As home: gives the block, or not. `willing`: the node has no reason of its own to keep it.
@@ -198,7 +215,8 @@ impl<const W: usize> Engine<W> {
             awaited.waits.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
             return Ok(());
         };
-        if data.pages().len() != block.len() {
+        // What was asked for by the page before the block comes before it.
+        if data.pages().len() != block.len() || self.ahead.range(block.clone()).next().is_some() {
             return bad;
         }
         let mut next = block.start;
@@ -394,6 +412,14 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_comes_before_what_was_asked_for_sooner_is_refused() {
+        let mut reader = Node::new(1);
+        reader.step(Input::Ahead { first: 2, wanted: 1 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Err("a GivenBlock nobody asked for"));
+    }
+
+    #[test]
     fn who_waits_for_a_page_not_given_waits_for_its_block() {
         let mut reader = Node::new(1);
         reader.step(Input::Ahead { first: 2, wanted: 0b11 }).unwrap();
@@ -460,6 +486,8 @@ mod tests {
             r#""blocks":{"2":{"waits":{"4":true},"early":[]}}"#,
             r#""blocks":{"2":{"waits":{},"early":[{"Invalidate":{"page":4,"requester":0}}]}}"#,
             r#""blocks":{"2":{"waits":{},"early":[{"Freed":{"id":2}}]}}"#,
+            r#""blocks":{"2":{"waits":{},"early":[{"InvalidateAck":{"page":2}}]}}"#,
+            r#""blocks":{"12":{"waits":{},"early":[]}}"#,
             r#""blocks":{"90":{"waits":{},"early":[]}}"#,
         ] {
             let state: EngineState<1> = serde_json::from_str(&text.replace(written, damaged)).unwrap();
