@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ahead::{Asks, Landings};
+use ahead::{Asks, Landings, MOST_BLOCKS};
 use cache::Cache;
 pub use cache::Copies;
 
@@ -426,6 +426,7 @@ impl Dsm {
         if self.lock().is_some() {
             self.step(peer, Input::Lost(peer as NodeId));
         }
+        self.forget_landings(peer);
     }
 
     /// One step of the engine and all that follows from it. Whether it was a fault on a page that another
@@ -460,6 +461,13 @@ impl Dsm {
             Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
             _ => None,
         };
+        if let Input::AheadBlock { first } = input {
+            // Several threads may have found so few, each for itself.
+            if engine.asked_blocks() >= MOST_BLOCKS {
+                asks.not_whole(first);
+                return false;
+            }
+        }
         let came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
         let lent = lend(lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
         let copies = memory.copies();
@@ -492,7 +500,8 @@ impl Dsm {
             tracing::info!(node, "nothing is shared with this node any more");
         }
         // What is kept for a block on its way takes nothing yet.
-        let is_taken = |page: &u32| engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
+        let exists = |page: u32| page < engine.geometry().pages();
+        let is_taken = |page: &u32| exists(*page) && engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
         if let Some(page) = wanted.filter(|page| result.is_ok() && is_taken(page)) {
             contention.taken(page, nanos(*begun) / 1000);
         }

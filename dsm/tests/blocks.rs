@@ -3,7 +3,7 @@
 //! host has them switched off.
 
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
@@ -267,6 +267,46 @@ fn a_block_that_leaves_whole_is_gone_at_once_and_its_memory_goes_along() {
     assert_eq!(memory.failed(), None);
     memory.take_out(0..512);
     assert!(memory.failed().is_some(), "it is not there");
+}
+
+/// A block of which others read some pages leaves as well, and one that comes takes the place of copies.
+#[test]
+fn blocks_of_which_some_pages_are_read_only_leave_and_come() {
+    // Alone among what was never there, which is copied, and with neighbours like it.
+    for blocks in [1..2, 0..4] {
+        let (mut memory, mut sources) = memory(8);
+        memory.install_zeros(blocks.start * BLOCK_PAGES..blocks.end * BLOCK_PAGES);
+        (512..1024).for_each(|page| store(memory.ram(), page, 9, u64::from(page)));
+        blocks.clone().for_each(|block| memory.protect(block * BLOCK_PAGES + 5));
+        memory.protect_range(600..700);
+        let out = memory.take_out(512..1024);
+        assert!(out.pages().iter().zip(512..).all(|(page, value)| page[9] == value));
+        assert_eq!((memory.access(517), memory.access(1023)), (Access::Absent, Access::Absent));
+        // Some pages of it are read here, all the time.
+        let copies: Vec<[u64; PAGE_WORDS]> = (522..586).map(|page| [page; PAGE_WORDS]).collect();
+        memory.install_range(522, &copies, false);
+        let reader = touch(&memory, |ram| (0..200_000).all(|n| load(ram, 522 + n % 64, 511) == u64::from(522 + n % 64)));
+        let data = movable(&memory, 512);
+        let (stop, ram) = (sources[0].stopper(), Arc::clone(memory.ram()));
+        let memory = Mutex::new(memory);
+        thread::scope(|scope| {
+            // Who finds a page absent while it is replaced looks again.
+            scope.spawn(|| {
+                let mut faults = Vec::new();
+                while sources[0].next_batch(&mut faults).unwrap() {
+                    faults.iter().for_each(|fault| memory.lock().unwrap().wake(fault.page));
+                }
+            });
+            let mut replaced = memory.lock().unwrap();
+            replaced.discard_run(522..586);
+            replaced.install_block(512, data);
+            drop(replaced);
+            assert!(reader.recv_timeout(PATIENCE).unwrap(), "a copy and the block that took its place hold the same");
+            stop.stop();
+        });
+        assert!(holds(&ram, 1, 512));
+        assert_eq!(memory.into_inner().unwrap().failed(), None);
+    }
 }
 
 /// Blocks go and come, in any order, and none is left with a mapping of its own.

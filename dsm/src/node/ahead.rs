@@ -25,14 +25,15 @@ const AHEAD_UNDER_WAY: usize = 64;
 const BLOCKS_UNDER_WAY: usize = 2;
 
 /// Bytes of a piece of a block.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = 512 << 10;
 /// The block's first page and the piece's offset before it.
 const PIECE_HEAD: usize = 8;
 
 /// Blocks that are asked for by threads that enter one, at most.
 const ENTERED_UNDER_WAY: usize = 16;
-/// Blocks of one peer that have come, or their places, one without the other: no more than are asked for.
-const MOST_WAITING: usize = BLOCKS_UNDER_WAY + ENTERED_UNDER_WAY;
+/// Blocks that are asked for at all, at most; so many of one peer may have come, or their places, one without the
+/// other.
+pub(super) const MOST_BLOCKS: usize = BLOCKS_UNDER_WAY + ENTERED_UNDER_WAY;
 
 /// Blocks on their way from other nodes.
 pub(super) type Landings = HashMap<usize, Arrivals>;
@@ -51,7 +52,7 @@ pub(super) struct Arrivals {
 impl Arrivals {
     /// The next block of which both is there, if any.
     fn next(&mut self) -> Result<Option<(u32, BlockData<PAGE_WORDS>)>, Malformed> {
-        if self.landed.len() > MOST_WAITING || self.due.len() > MOST_WAITING {
+        if self.landed.len() > MOST_BLOCKS || self.due.len() > MOST_BLOCKS {
             return Err(Malformed);
         }
         match (self.landed.front(), self.due.front()) {
@@ -211,6 +212,11 @@ impl Dsm {
         Ok(())
     }
 
+    /// A peer is lost, and what was on its way from it.
+    pub(super) fn forget_landings(&self, peer: usize) {
+        self.landings().remove(&peer);
+    }
+
     fn landings(&self) -> MutexGuard<'_, Landings> {
         self.landings.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -222,9 +228,14 @@ impl Dsm {
             Some((of, landing)) if of == page && offset > 0 => Ok(Some(landing)),
             None if offset == 0 => {
                 // Only who was asked has a block to send, and that is after the start.
-                let slots = self.lock().as_ref().map(|state| state.memory.slots().clone());
-                let slot = slots.map(|slots| slots.take()).transpose().map_err(DsmError::Memory)?;
-                Ok(slot.map(Landing::new))
+                let slots = match self.lock().as_ref() {
+                    Some(state) if state.engine.asked_blocks() == 0 => {
+                        return Err(DsmError::Malformed { from: peer, reason: Malformed });
+                    }
+                    Some(state) => state.memory.slots().clone(),
+                    None => return Ok(None),
+                };
+                slots.take().map(|slot| Some(Landing::new(slot))).map_err(DsmError::Memory)
             }
             _ => Err(DsmError::Malformed { from: peer, reason: Malformed }),
         }

@@ -558,7 +558,7 @@ impl<const W: usize> Engine<W> {
                 self.fence_demoted(page, out);
             }
             Message::NodeLost { node } => {
-                if node == self.me || usize::from(node) >= self.geometry.nodes() {
+                if node == self.me || node == from || usize::from(node) >= self.geometry.nodes() {
                     return bad("a NodeLost", 0);
                 }
                 self.lose(node, memory, out)?;
