@@ -23,7 +23,7 @@ const CONFIRMED_LATE: u32 = 8;
 const FIRST_WINDOW: u32 = 8;
 const LAST_WINDOW: u32 = 1024;
 /// Neighbouring pages after which a stream asks for whole blocks, and its largest window then.
-const LONG: u32 = 128;
+const LONG: u32 = 64;
 const BLOCKS_WINDOW: u32 = 4096;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
 const MEMORY: u64 = 16384;

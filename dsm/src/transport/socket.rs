@@ -54,6 +54,15 @@ pub fn receive_now(stream: &TcpStream, buffer: &mut [u8]) -> Option<io::Result<u
     }
 }
 
+/// Has a read of the stream wait until there are so many bytes: each time its reader is woken costs both sides. A
+/// refusal means more wake-ups, nothing else. More than are going to come would be waited for in vain.
+pub fn wake_at(stream: &TcpStream, bytes: usize) {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    if let Err(errno) = set(stream, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes) {
+        tracing::debug!(%errno, "SO_RCVLOWAT not available");
+    }
+}
+
 /// Waits until the stream takes more bytes, breaks, or `timeout` has passed.
 pub fn wait_writable(stream: &TcpStream, timeout: Duration) {
     let mut entry = libc::pollfd {

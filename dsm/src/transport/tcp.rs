@@ -24,6 +24,8 @@ use crate::transport::{Body, Handler, LostReason, PeerEvent, SendError, Transpor
 const STEPS: u32 = 9;
 /// Read at once between frames that are put where they belong while they come: as little of these as pays.
 const AHEAD: usize = 1024;
+/// The reader of such a frame is woken once so much of it is there, or all.
+const AT_ONCE: usize = 256 << 10;
 
 /// Times and limits of a transport. All nodes should have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -299,6 +301,7 @@ impl Receiver {
         if payload.ended.is_none() {
             let _ = io::copy(&mut payload, &mut io::sink());
         }
+        socket::wake_at(&self.link.stream, 1);
         if let Some(event) = payload.ended {
             return Err(event);
         }
@@ -350,6 +353,8 @@ impl Read for Payload<'_> {
         let into = &mut into[..most];
         let mut count = self.decoder.take(into);
         while count == 0 && most > 0 {
+            // As much of it as the buffer takes will come.
+            socket::wake_at(&self.receiver.link.stream, most.min(AT_ONCE));
             match self.receiver.wait(into) {
                 Ok(some) => count = some.unwrap_or(0),
                 Err(event) => {
