@@ -131,6 +131,29 @@ fn a_long_frame_is_read_as_far_as_it_is_wanted_and_the_next_is_whole() {
     transport.shutdown();
 }
 
+/// However the end of a frame comes: nothing comes behind it that would wake who waits for more.
+#[test]
+fn the_end_of_a_long_frame_is_not_waited_for_once_it_is_there() {
+    let ((near, far), (near_blocks, mut far_blocks)) = (pair(), pair());
+    let patient = Config { silence: Duration::from_secs(36_000), ..Config::default() };
+    let transport = TcpTransport::new(vec![None, Some(Streams { messages: near, blocks: Some(near_blocks) })], patient).unwrap();
+    let news = record(&transport);
+    for (len, cuts) in [(200_000, &[100_000][..]), (1 << 19, &[300_000, 500_000]), (1 << 19, &[1100, 263_000]), (9000, &[8999]), (1 << 19, &[])] {
+        let payload: Vec<u8> = (0..len).map(|at: u32| (at >> 8) as u8).collect();
+        far_blocks.write_all(&[&len.to_le_bytes()[..], &[1]].concat()).unwrap();
+        let mut sent = 0;
+        for cut in cuts.iter().copied().chain([payload.len()]) {
+            far_blocks.write_all(&payload[sent..cut]).unwrap();
+            sent = cut;
+            // It may have been taken in, and what is left be waited for, before more comes.
+            thread::sleep(Duration::from_millis(30));
+        }
+        assert_eq!(news.recv_timeout(PATIENCE), Ok(News::Frame(1, 1, payload)), "{len} bytes, cut at {cuts:?}");
+    }
+    transport.shutdown();
+    drop(far);
+}
+
 #[test]
 fn a_long_frame_that_stops_coming_is_silence() {
     let ((near, mut far), (near_blocks, mut far_blocks)) = (pair(), pair());

@@ -54,8 +54,9 @@ pub fn receive_now(stream: &TcpStream, buffer: &mut [u8]) -> Option<io::Result<u
     }
 }
 
-/// Has a read of the stream wait until there are so many bytes: each time its reader is woken costs both sides. A
-/// refusal means more wake-ups, nothing else. More than are going to come would be waited for in vain.
+/// Has [`wait_readable`] wait until there are so many bytes: each time a reader is woken costs both sides. A refusal
+/// means more wake-ups, nothing else. More than are going to come would be waited for in vain: so a blocking read would
+/// be, which takes what there is and then waits for as much again.
 pub fn wake_at(stream: &TcpStream, bytes: usize) {
     let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
     if let Err(errno) = set(stream, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes) {
@@ -65,14 +66,23 @@ pub fn wake_at(stream: &TcpStream, bytes: usize) {
 
 /// Waits until the stream takes more bytes, breaks, or `timeout` has passed.
 pub fn wait_writable(stream: &TcpStream, timeout: Duration) {
+    wait(stream, libc::POLLOUT, timeout);
+}
+
+/// Waits until the stream has as many bytes as [`wake_at`] said, ends, or `timeout` has passed.
+pub fn wait_readable(stream: &TcpStream, timeout: Duration) {
+    wait(stream, libc::POLLIN, timeout);
+}
+
+fn wait(stream: &TcpStream, events: i16, timeout: Duration) {
     let mut entry = libc::pollfd {
         fd: stream.as_raw_fd(),
-        events: libc::POLLOUT,
+        events,
         revents: 0,
     };
     let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
     // SAFETY: the pointer and the count describe one entry. However the wait ends, the caller
-    // tries to send again.
+    // tries again.
     unsafe { libc::poll(&raw mut entry, 1, millis) };
 }
 

@@ -319,7 +319,25 @@ impl Receiver {
                 other => return self.received(other),
             }
         }
-        Err(self.lost(LostReason::Silent { millis: self.silence.as_millis() as u64 }))
+        Err(self.silent())
+    }
+
+    /// The same for `into`, of which all is going to come: woken once enough is there.
+    fn wait_for(&self, into: &mut [u8]) -> Result<Option<usize>, PeerEvent> {
+        let stream = &self.link.stream;
+        socket::wake_at(stream, into.len().min(AT_ONCE));
+        for _ in 0..STEPS {
+            socket::wait_readable(stream, self.silence / STEPS);
+            // After all that time less is something, too.
+            if let Some(result) = socket::receive_now(stream, into) {
+                return self.received(result);
+            }
+        }
+        Err(self.silent())
+    }
+
+    fn silent(&self) -> PeerEvent {
+        self.lost(LostReason::Silent { millis: self.silence.as_millis() as u64 })
     }
 
     /// What came of reading: bytes, or `None` if it is to be tried again.
@@ -353,9 +371,7 @@ impl Read for Payload<'_> {
         let into = &mut into[..most];
         let mut count = self.decoder.take(into);
         while count == 0 && most > 0 {
-            // As much of it as the buffer takes will come.
-            socket::wake_at(&self.receiver.link.stream, most.min(AT_ONCE));
-            match self.receiver.wait(into) {
+            match self.receiver.wait_for(into) {
                 Ok(some) => count = some.unwrap_or(0),
                 Err(event) => {
                     self.ended = Some(event);
