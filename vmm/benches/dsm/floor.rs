@@ -15,6 +15,27 @@ use krg_dsm::transport;
 const REQUEST: usize = 16;
 /// Written and read at once when bandwidth is measured.
 pub const CHUNK: usize = 256 << 10;
+/// Memory that a stream comes from and goes to. Whatever is read from another node's memory is in no cache that is not
+/// shared: a stream that uses the same few bytes again and again is another thing.
+const MEMORY: usize = 32 << 20;
+
+/// What a stream is made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    /// [`MEMORY`], from its beginning to its end.
+    Memory,
+    /// The same [`CHUNK`] again and again.
+    Chunk,
+}
+
+impl Of {
+    fn len(self) -> usize {
+        match self {
+            Of::Memory => MEMORY,
+            Of::Chunk => CHUNK,
+        }
+    }
+}
 
 /// Makes the calling thread real-time, as the threads are that answer faults. Without the right to
 /// do so both stay as they are.
@@ -26,8 +47,13 @@ pub fn raise() {
 
 /// A request for so many bytes.
 pub fn request(bytes: u64) -> [u8; REQUEST] {
+    request_of(bytes, Of::Chunk)
+}
+
+fn request_of(bytes: u64, of: Of) -> [u8; REQUEST] {
     let mut request = [0; REQUEST];
     request[..8].copy_from_slice(&bytes.to_le_bytes());
+    request[8] = u8::from(of == Of::Memory);
     request
 }
 
@@ -49,13 +75,13 @@ pub fn serve(kind: Kind, stream: TcpStream) -> anyhow::Result<()> {
 fn serve_stream(stream: TcpStream) -> io::Result<()> {
     raise();
     let mut stream = prepared(stream)?;
-    let (mut request, chunk) = ([0; REQUEST], vec![7; CHUNK]);
+    let (mut request, memory) = ([0; REQUEST], vec![7; MEMORY]);
     while stream.read_exact(&mut request).is_ok() {
-        let mut left = u64::from_le_bytes(request[..8].try_into().unwrap_or_default());
-        while left > 0 {
-            let len = left.min(CHUNK as u64);
-            stream.write_all(&chunk[..len as usize])?;
-            left -= len;
+        let left = u64::from_le_bytes(request[..8].try_into().unwrap_or_default());
+        let of = if request[8] == 0 { Of::Chunk } else { Of::Memory };
+        for at in (0..left as usize).step_by(CHUNK) {
+            let from = at % of.len();
+            stream.write_all(&memory[from..from + CHUNK.min(left as usize - at)])?;
         }
     }
     Ok(())
@@ -72,7 +98,7 @@ impl Bare {
         Ok(match kind {
             Kind::Tcp => Bare::Tcp(BareStream {
                 stream: prepared(stream)?,
-                buffer: vec![0; CHUNK],
+                buffer: vec![1; MEMORY],
             }),
             Kind::Rdma => Bare::Rdma(frames::Asking::new(stream)?),
         })
@@ -86,10 +112,10 @@ impl Bare {
         }
     }
 
-    /// How long `bytes` take that the peer sends as fast as it can.
-    pub fn stream(&mut self, bytes: u64) -> anyhow::Result<Duration> {
+    /// How long `bytes` take that the peer sends as fast as it can. RDMA has all of it go through its rings.
+    pub fn stream(&mut self, bytes: u64, of: Of) -> anyhow::Result<Duration> {
         match self {
-            Bare::Tcp(stream) => Ok(stream.stream(bytes)?),
+            Bare::Tcp(stream) => Ok(stream.stream(bytes, of)?),
             Bare::Rdma(asking) => asking.stream(bytes),
         }
     }
@@ -102,8 +128,8 @@ pub struct BareStream {
 }
 
 impl BareStream {
-    fn ask(&mut self, bytes: u64) -> io::Result<()> {
-        self.stream.write_all(&request(bytes))
+    fn ask(&mut self, bytes: u64, of: Of) -> io::Result<()> {
+        self.stream.write_all(&request_of(bytes, of))
     }
 
     fn round_trips(&mut self, count: usize) -> io::Result<Vec<Duration>> {
@@ -113,7 +139,7 @@ impl BareStream {
                 (0..count)
                     .map(|_| {
                         let begun = Instant::now();
-                        self.ask(PAGE_SIZE as u64)?;
+                        self.ask(PAGE_SIZE as u64, Of::Chunk)?;
                         self.stream.read_exact(&mut self.buffer[..PAGE_SIZE])?;
                         Ok(begun.elapsed())
                     })
@@ -124,15 +150,16 @@ impl BareStream {
         })
     }
 
-    fn stream(&mut self, bytes: u64) -> io::Result<Duration> {
+    fn stream(&mut self, bytes: u64, of: Of) -> io::Result<Duration> {
         let begun = Instant::now();
-        self.ask(bytes)?;
-        let mut left = bytes;
-        while left > 0 {
-            let most = left.min(CHUNK as u64) as usize;
-            match self.stream.read(&mut self.buffer[..most])? {
+        self.ask(bytes, of)?;
+        let (mut got, bytes) = (0, bytes as usize);
+        while got < bytes {
+            let from = got % of.len();
+            let to = of.len().min(from + CHUNK.min(bytes - got));
+            match self.stream.read(&mut self.buffer[from..to])? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                got => left -= got as u64,
+                some => got += some,
             }
         }
         Ok(begun.elapsed())

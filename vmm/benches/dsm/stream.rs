@@ -2,6 +2,7 @@
 
 use super::Bench;
 use super::figures::Times;
+use super::floor::Of;
 use super::guest::{ARENA, Job, Touch};
 use super::node::SHARE;
 
@@ -50,8 +51,9 @@ struct Scan {
     /// Pages are asked for ahead of need.
     ahead: bool,
     moved: Moved,
-    /// As much by the transport alone, right before each time.
+    /// As much by the transport alone, right before each time: of memory, and of the same bytes again and again.
     bare: Moved,
+    again: Moved,
     faults: u64,
     /// Blocks that came whole.
     blocks: u64,
@@ -60,11 +62,13 @@ struct Scan {
 impl Scan {
     fn new(name: &'static str, pages: u64, stride: u64, ahead: bool) -> Self {
         let job = Job::strided(Touch::Scan, BASE, pages / stride, stride);
-        Scan { name, job, pages, ahead, moved: Moved::default(), bare: Moved::default(), faults: 0, blocks: 0 }
+        Scan { name, job, pages, ahead, moved: Moved::default(), bare: Moved::default(), again: Moved::default(), faults: 0, blocks: 0 }
     }
 
     fn run(&mut self, bench: &mut Bench) -> anyhow::Result<()> {
-        self.bare.add(self.pages, bench.network.stream(self.pages * 4096)?.as_secs_f64() * 1e6);
+        for (of, moved) in [(Of::Memory, &mut self.bare), (Of::Chunk, &mut self.again)] {
+            moved.add(self.pages, bench.network.stream(self.pages * 4096, of)?.as_secs_f64() * 1e6);
+        }
         // The owner writes its pages again, so that it alone has them.
         bench.peer.run(Job::forward(Touch::Fill, BASE, self.pages))?;
         bench.node.dsm.read_ahead(self.ahead);
@@ -129,10 +133,11 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     }
     let figures = &bench.figures;
     let transport = bench.transport.name();
-    figures.section(&format!("Reading the other node's memory; the floor is a stream of as many bytes by {transport} alone"));
+    figures.section(&format!("Reading the other node's memory; the floor is as much memory by {transport} alone"));
     figures.plain("guest reading pages that are here", present.rate(), "MB/s");
-    for Scan { name, job, moved, bare, faults, blocks, .. } in &scans {
+    for Scan { name, job, moved, bare, again, faults, blocks, .. } in &scans {
         figures.floor(name, moved.rate(), "MB/s", bare.rate());
+        figures.plain(&format!("{name}, {transport} with the same 256 KiB"), again.rate(), "MB/s");
         figures.plain(&format!("{name}, faults"), *faults as f64 / (rounds * job.count) as f64, "a page");
         figures.plain(&format!("{name}, in whole blocks"), *blocks as f64 * 512.0 / (rounds * job.count) as f64, "of the pages");
     }
