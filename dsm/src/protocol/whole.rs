@@ -42,7 +42,7 @@ pub(super) struct Awaited<const W: usize> {
 impl<const W: usize> Awaited<W> {
     /// Whether it is about pages of this block alone.
     pub(super) fn fits(&self, block: &Range<u32>) -> bool {
-        let early = self.early.iter().map(|message| asked_of_owner(message));
+        let early = self.early.iter().map(asked_of_owner);
         self.waits.keys().map(|page| Some(*page)).chain(early).all(|page| page.is_some_and(|page| block.contains(&page)))
     }
 }
