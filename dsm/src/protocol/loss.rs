@@ -256,30 +256,9 @@ impl<const W: usize> Engine<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Geometry, Input, PageData};
+    use super::super::memory::Quiet;
+    use super::super::{Geometry, Input};
     use super::*;
-
-    /// No memory is touched.
-    struct Nowhere;
-
-    impl Memory<1> for Nowhere {
-        fn protect(&mut self, _: u32) {}
-        fn unprotect(&mut self, _: u32) {}
-        fn read(&self, _: u32) -> Box<PageData<1>> {
-            Box::default()
-        }
-        fn install(&mut self, _: u32, _: &PageData<1>, _: bool) {}
-        fn install_zeros(&mut self, _: std::ops::Range<u32>) {}
-        fn discard(&mut self, _: u32) {}
-        fn wake(&mut self, _: u32) {}
-        fn load(&self, _: u32, _: usize) -> u64 {
-            0
-        }
-        fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
-            Ok(old)
-        }
-        fn differences(&self, _: u32, _: &PageData<1>, _: &mut Vec<(u16, u64)>) {}
-    }
 
     #[test]
     fn who_says_that_it_is_lost_itself_breaks_the_protocol() {
@@ -287,7 +266,7 @@ mod tests {
         let hear = |node| {
             let mut engine: Engine<1> = Engine::new(0, geometry.clone(), &[], 0..0, false);
             let input = Input::Message { from: 1, message: Message::NodeLost { node } };
-            let result = engine.step(input, &mut Nowhere, &mut Output::default()).map_err(|error| error.what);
+            let result = engine.step(input, &mut Quiet, &mut Output::default()).map_err(|error| error.what);
             (result, engine.lost().collect::<Vec<_>>())
         };
         assert_eq!(hear(2), (Ok(()), vec![2]));

@@ -100,3 +100,27 @@ pub trait Memory<const W: usize> {
     /// Appends (word, value now) for every word of a present page that differs from `twin`.
     fn differences(&self, page: u32, twin: &PageData<W>, out: &mut Vec<(u16, u64)>);
 }
+
+/// Memory without a guest, for tests in which only the engine matters.
+#[cfg(test)]
+pub(super) struct Quiet;
+
+#[cfg(test)]
+impl<const W: usize> Memory<W> for Quiet {
+    fn protect(&mut self, _: u32) {}
+    fn unprotect(&mut self, _: u32) {}
+    fn read(&self, _: u32) -> Box<PageData<W>> {
+        Box::new([0; W])
+    }
+    fn install(&mut self, _: u32, _: &PageData<W>, _: bool) {}
+    fn install_zeros(&mut self, _: Range<u32>) {}
+    fn discard(&mut self, _: u32) {}
+    fn wake(&mut self, _: u32) {}
+    fn load(&self, _: u32, _: usize) -> u64 {
+        0
+    }
+    fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
+        Ok(old)
+    }
+    fn differences(&self, _: u32, _: &PageData<W>, _: &mut Vec<(u16, u64)>) {}
+}

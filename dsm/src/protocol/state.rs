@@ -68,30 +68,9 @@ impl<const W: usize> Engine<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Input, Memory, Message, Output, PageData};
+    use super::super::memory::Quiet;
+    use super::super::{Input, Message, Output};
     use super::*;
-
-    /// Memory without a guest.
-    struct Quiet;
-
-    impl Memory<4> for Quiet {
-        fn protect(&mut self, _: u32) {}
-        fn unprotect(&mut self, _: u32) {}
-        fn read(&self, _: u32) -> Box<PageData<4>> {
-            Box::default()
-        }
-        fn install(&mut self, _: u32, _: &PageData<4>, _: bool) {}
-        fn install_zeros(&mut self, _: std::ops::Range<u32>) {}
-        fn discard(&mut self, _: u32) {}
-        fn wake(&mut self, _: u32) {}
-        fn load(&self, _: u32, _: usize) -> u64 {
-            0
-        }
-        fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
-            Ok(old)
-        }
-        fn differences(&self, _: u32, _: &PageData<4>, _: &mut Vec<(u16, u64)>) {}
-    }
 
     fn engine(geometry: &Geometry) -> Engine<4> {
         let mut engine = Engine::new(0, geometry.clone(), std::slice::from_ref(&(0..1)), 0..1, true);

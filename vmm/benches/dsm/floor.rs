@@ -57,7 +57,8 @@ fn request_of(bytes: u64, of: Of) -> [u8; REQUEST] {
     request
 }
 
-fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
+/// With the options that the shared memory's connections have.
+pub fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
     // No silence is too long: other things are measured meanwhile.
     transport::prepare(&stream, Duration::from_secs(3600))
         .map_err(|(option, errno)| io::Error::other(format!("{option}: {errno}")))?;

@@ -5,14 +5,13 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use krg_dsm::memory::PAGE_SIZE;
-use krg_dsm::transport;
 
 use super::Bench;
 use super::figures::Times;
-use super::floor::raise;
+use super::floor::{prepared, raise};
 
 /// As long as a request for a page with its frame.
 const REQUEST: usize = 16;
@@ -51,73 +50,46 @@ impl SharedEnd<'_> {
         // SAFETY: the word outlives the call; without a timeout the other arguments are not looked at.
         unsafe { libc::syscall(libc::SYS_futex, self.shared.turn.as_ptr(), operation, value, std::ptr::null::<libc::timespec>()) };
     }
+}
 
-    fn give(&self, bytes: &[u8]) {
+impl End for SharedEnd<'_> {
+    fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         for (word, bytes) in self.shared.words.iter().zip(bytes.chunks_exact(8)) {
             word.store(u64::from_ne_bytes(bytes.try_into().unwrap_or_default()), Ordering::Relaxed);
         }
         self.shared.turn.store(1 - self.me, Ordering::Release);
         self.futex(libc::FUTEX_WAKE, 1);
+        Ok(())
     }
 
-    fn take(&self, bytes: &mut [u8]) {
+    fn receive(&mut self, bytes: &mut [u8]) -> std::io::Result<()> {
         while self.shared.turn.load(Ordering::Acquire) != self.me {
             self.futex(libc::FUTEX_WAIT, 1 - self.me);
         }
         for (word, bytes) in self.shared.words.iter().zip(bytes.chunks_exact_mut(8)) {
             bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
         }
+        Ok(())
     }
 }
 
-/// [`TRIPS`] times: a small request, a page as the answer.
-fn trips(mut ask: impl FnMut(&mut [u8]) -> std::io::Result<()>, times: &mut Times) -> std::io::Result<()> {
-    let mut page = [0; PAGE_SIZE];
-    for _ in 0..TRIPS {
-        let begun = Instant::now();
-        ask(&mut page)?;
-        times.add(begun.elapsed().as_secs_f64() * 1e6);
-    }
-    Ok(())
-}
-
-/// The same between two ends, each with a thread of its own.
+/// [`TRIPS`] times: a small request, a page as the answer; each end has a thread of its own.
 fn between(mut near: impl End, mut far: impl End, times: &mut Times) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             raise();
             let mut request = [0; REQUEST];
-            while far.receive(&mut request).is_ok() && far.send(&[7; PAGE_SIZE]).is_ok() {}
+            (0..TRIPS).try_for_each(|_| far.receive(&mut request).and_then(|()| far.send(&[7; PAGE_SIZE])))
         });
         let asking = scope.spawn(move || {
             raise();
-            trips(|page| near.send(&[1; REQUEST]).and_then(|()| near.receive(page)), times)
-        });
-        Ok(asking.join().unwrap_or_else(|_| Err(std::io::Error::other("the measuring thread panicked")))?)
-    })
-}
-
-fn through_memory(times: &mut Times) -> anyhow::Result<()> {
-    let words = (0..PAGE_SIZE / 8).map(|_| Default::default()).collect();
-    let shared = Shared { turn: AtomicU32::new(0), words };
-    let (near, far) = (SharedEnd { shared: &shared, me: 0 }, SharedEnd { shared: &shared, me: 1 });
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            raise();
-            let mut request = [0; REQUEST];
-            for _ in 0..TRIPS {
-                far.take(&mut request);
-                far.give(&[7; PAGE_SIZE]);
-            }
-        });
-        let asking = scope.spawn(move || {
-            raise();
-            let ask = |page: &mut [u8]| {
-                near.give(&[1; REQUEST]);
-                near.take(page);
+            let mut page = [0; PAGE_SIZE];
+            (0..TRIPS).try_for_each(|_| {
+                let begun = Instant::now();
+                near.send(&[1; REQUEST]).and_then(|()| near.receive(&mut page))?;
+                times.add(begun.elapsed().as_secs_f64() * 1e6);
                 Ok(())
-            };
-            trips(ask, times)
+            })
         });
         Ok(asking.join().unwrap_or_else(|_| Err(std::io::Error::other("the measuring thread panicked")))?)
     })
@@ -127,10 +99,7 @@ fn loopback() -> anyhow::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let near = TcpStream::connect(listener.local_addr()?)?;
     let (far, _) = listener.accept()?;
-    for stream in [&near, &far] {
-        transport::prepare(stream, Duration::from_secs(60)).map_err(|(option, errno)| anyhow::anyhow!("{option}: {errno}"))?;
-    }
-    Ok((near, far))
+    Ok((prepared(near)?, prepared(far)?))
 }
 
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
@@ -140,7 +109,10 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         between(near, far, &mut times[0])?;
         let (near, far) = UnixStream::pair()?;
         between(near, far, &mut times[1])?;
-        through_memory(&mut times[2])?;
+        let words = (0..PAGE_SIZE / 8).map(|_| Default::default()).collect();
+        let shared = Shared { turn: AtomicU32::new(0), words };
+        let [near, far] = [0, 1].map(|me| SharedEnd { shared: &shared, me });
+        between(near, far, &mut times[2])?;
     }
     let figures = &bench.figures;
     figures.section("Round trip with a page between two threads of this host; the floor is shared memory");
