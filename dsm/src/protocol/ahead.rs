@@ -2,9 +2,9 @@
 //!
 //! A node that expects to read pages asks their home for all of them at once. Home gives copies of those
 //! it owns itself, in one message, and refuses the rest: what another node owns, what is busy, a page
-//! table, a page that goes from writer to writer, and a page that was taken back for writing a short while
-//! ago. A refusal changes nothing anywhere. What is given is given as to a reader whose request home
-//! answers itself, so nobody says Done: whatever home sends next about the page comes behind it.
+//! table, and a page that went to a writer a short while ago. A refusal changes nothing anywhere. What is
+//! given is given as to a reader whose request home answers itself, so nobody says Done: whatever home sends
+//! next about the page comes behind it. It is migratory no longer.
 
 use std::ops::Range;
 
@@ -14,9 +14,6 @@ use super::message::{Message, NodeId};
 
 /// Pages that a node names in one message: bit n stands for the nth page from the first on.
 pub const MOST_AHEAD: u32 = u64::BITS;
-
-/// Pages written last that are not given to those who only expect to read them.
-pub(super) const WRITTEN: usize = 64;
 
 /// The pages from `first` on whose bits are set.
 fn pages(first: u32, set: u64) -> impl Iterator<Item = u32> {
@@ -79,8 +76,9 @@ impl<const W: usize> Engine<W> {
                 continue;
             }
             let elsewhere = matches!(self.directory.owner_for(page, self.me), Some((owner, false)) if owner != self.me);
-            if elsewhere && self.tables.level(page).is_none() && !self.directory.is_write_shared(page) {
+            if elsewhere && self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page) {
                 self.counters.prefetches += 1;
+                self.directory.write_shared.unmark(page);
                 self.request(page, false, memory, out);
             }
         }
@@ -118,6 +116,7 @@ impl<const W: usize> Engine<W> {
             memory.read_into(page, &mut words);
             data.push(words);
             self.directory.add_sharer(page, from);
+            self.directory.write_shared.unmark(page);
         }
         self.counters.pages_out += data.len() as u64;
         self.send(from, Message::Given { page: first, wanted, given, data }, memory, out);
@@ -131,7 +130,7 @@ impl<const W: usize> Engine<W> {
             return Err(ProtocolError { from, what: "an Ask for a page it has", page });
         }
         let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
-        Ok(owner == self.me && here && self.tables.level(page).is_none() && !self.directory.is_write_shared(page))
+        Ok(owner == self.me && here && self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page))
     }
 
     /// Home's answer: pages of `given`, none of the others that were `wanted`.

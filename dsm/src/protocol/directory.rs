@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::ahead::WRITTEN;
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
 use super::message::{Change, Message, NodeId};
 use super::node_set::NodeSet;
 use super::place::Place;
+use super::write_shared::WriteShared;
 use super::{Bug, pte};
 
 /// A request that waits for the one before it.
@@ -56,11 +56,7 @@ pub(super) struct Directory<const W: usize> {
     pub busy: BTreeMap<u32, Busy>,
     pub queues: BTreeMap<u32, VecDeque<Request>>,
     pub masters: BTreeMap<u32, Master<W>>,
-    /// Pages that a node reads and then writes while nobody else reads them: the next reader is given
-    /// the page to write at once. Locks and counters are such pages.
-    /// The pages last given to a writer, newest last: those who only expect to read don't get them.
-    written: VecDeque<u32>,
-    pub(super) migratory: BTreeSet<u32>,
+    pub(super) write_shared: WriteShared,
     /// Pages that are still busy of what a node wants to be given up, by that node and its number for it
     /// ([`super::free::key`]).
     pub(super) freeing: BTreeMap<u64, u32>,
@@ -79,8 +75,7 @@ impl<const W: usize> Directory<W> {
             busy: BTreeMap::new(),
             queues: BTreeMap::new(),
             masters: BTreeMap::new(),
-            migratory: BTreeSet::new(),
-            written: VecDeque::new(),
+            write_shared: WriteShared::default(),
             freeing: BTreeMap::new(),
         }
     }
@@ -103,7 +98,7 @@ impl<const W: usize> Directory<W> {
         }
         let node = |node: NodeId| usize::from(node) < nodes;
         let place = |page: u32| &self.places[(page - self.first) as usize];
-        let known = self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys()).chain(&self.migratory).chain(&self.written);
+        let known = self.busy.keys().chain(self.queues.keys()).chain(self.masters.keys());
         let owners_fit = self.places.iter().all(|place| match place.clone().into_owned() {
             Ok((owner, sharers)) => node(owner) && sharers.fits(nodes) && !sharers.contains(owner),
             Err(_) => true,
@@ -132,35 +127,13 @@ impl<const W: usize> Directory<W> {
             self.busy.contains_key(page) && !queue.is_empty() && from.len() == queue.len() && from.into_iter().all(node)
         };
         known.copied().all(|page| homed.contains(&page))
+            && self.write_shared.fits(&homed)
             && owners_fit
             && self.freeing == freeing
             && self.masters.keys().copied().eq(replicated)
             && self.masters.values().all(|m| (1..=pte::ROOT_LEVEL).contains(&m.level) && m.holders.fits(nodes))
             && self.busy.iter().all(busy_fits)
             && self.queues.iter().all(queue_fits)
-    }
-
-    /// Forgets what only counts history.
-    #[cfg(test)]
-    pub(super) fn forget_history(&mut self) {
-        self.written.clear();
-    }
-
-    /// Notes that `page` goes to a writer.
-    fn note_written(&mut self, page: u32) {
-        if self.written.back() == Some(&page) {
-            return;
-        }
-        self.written.retain(|other| *other != page);
-        if self.written.len() == WRITTEN {
-            self.written.pop_front();
-        }
-        self.written.push_back(page);
-    }
-
-    /// Whether a page goes from writer to writer, or went to one a short while ago.
-    pub(super) fn is_write_shared(&self, page: u32) -> bool {
-        self.migratory.contains(&page) || self.written.contains(&page)
     }
 
     /// The owner of a page that is somebody's and not busy, and whether `node` has a copy.
@@ -337,15 +310,17 @@ impl<const W: usize> Engine<W> {
         if has_copy && owner != from {
             // It read the page, and now writes it: one reader, and the next writer.
             if sharers.len() == 1 {
-                self.directory.migratory.insert(page);
+                self.directory.write_shared.mark(page);
             } else {
-                self.directory.migratory.remove(&page);
+                self.directory.write_shared.unmark(page);
             }
         }
-        let migratory = !write && alone && self.directory.migratory.contains(&page);
+        let migratory = !write && alone && self.directory.write_shared.is_migratory(page);
+        if write || migratory {
+            self.directory.write_shared.note(page);
+        }
         let mut acks = NodeSet::new();
         if write {
-            self.directory.note_written(page);
             acks = std::mem::take(&mut sharers);
             acks.remove(from);
             if has_copy && owner != from {
@@ -395,7 +370,7 @@ impl<const W: usize> Engine<W> {
         };
         self.directory.busy.remove(&page);
         if shared && owner != from {
-            self.directory.migratory.remove(&page);
+            self.directory.write_shared.unmark(page);
             *self.directory.place(page) = Place::owned(owner, NodeSet::of(from));
         }
         self.forget_lost(page);

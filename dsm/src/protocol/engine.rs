@@ -261,7 +261,7 @@ impl<const W: usize> Engine<W> {
     pub(super) fn forget_history(&mut self) {
         self.counters = Counters::default();
         self.taken.fill(0);
-        self.directory.forget_history();
+        self.directory.write_shared.forget_history();
         self.fence.forget_history();
     }
 

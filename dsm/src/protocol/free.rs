@@ -75,7 +75,7 @@ impl<const W: usize> Engine<W> {
                     _ => here.push(page..page + 1),
                 }
             }
-            self.directory.migratory.remove(&page);
+            self.directory.write_shared.unmark(page);
             if others.is_empty() {
                 *self.directory.place(page) = Place::Untouched;
                 self.counters.pages_freed += 1;

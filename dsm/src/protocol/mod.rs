@@ -29,6 +29,7 @@ pub mod pte;
 mod state;
 mod tables;
 mod whole;
+mod write_shared;
 
 pub use ahead::MOST_AHEAD;
 pub use block_data::{BlockData, BlockMemory};

@@ -6,7 +6,7 @@ use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -151,8 +151,8 @@ mod tests {
         let state = engine(&geometry).save();
         let other = Geometry::new(&[(0, 8)], &[5, 3]);
         assert_eq!(Engine::restore(state.clone(), &other), Err(StateError::Shape));
-        let newer = EngineState { version: 6, ..state.clone() };
-        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(6)));
+        let newer = EngineState { version: VERSION + 1, ..state.clone() };
+        assert_eq!(Engine::restore(newer, &geometry), Err(StateError::Version(VERSION + 1)));
         let text = serde_json::to_string(&state).unwrap();
         for (from, to) in [
             (r#""taken":["#, r#""taken":[0,"#),

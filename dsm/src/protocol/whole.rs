@@ -171,7 +171,7 @@ impl<const W: usize> Engine<W> {
             let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
             alone && here && !directory.busy.contains_key(&page) && self.tables.level(page).is_none()
         };
-        directory.migratory.range(block.clone()).next().is_none() && block.clone().all(spare)
+        !directory.write_shared.migrates(block.clone()) && block.clone().all(spare)
     }
 
     /// As home: the block is `to`'s.
@@ -183,6 +183,7 @@ impl<const W: usize> Engine<W> {
         for page in block.clone() {
             *self.directory.place(page) = Place::owned(to, NodeSet::new());
         }
+        self.directory.write_shared.unmark_all(block.clone());
         self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
         let given: Vec<u32> = self.given.range(block.clone()).map(|(page, _)| *page).collect();
         for page in given {
@@ -345,6 +346,33 @@ mod tests {
         }
         home.hear(2, ask(2)).unwrap();
         assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, refused(2))]), "it is its own already");
+    }
+
+    #[test]
+    fn a_block_with_a_page_that_migrates_stays_until_it_does_no_more() {
+        let mut home = Node::new(0);
+        home.hear(1, get(3, false)).unwrap();
+        home.hear(1, get(3, true)).unwrap();
+        home.hear(1, Message::Done { page: 3, shared: false }).unwrap();
+        let back = |home: &mut Node| {
+            home.step(Input::Fault { page: 3, write: false }).unwrap();
+            let data = Message::Data { page: 3, write: true, acks: NodeSet::new(), done: true, migratory: true, data: Box::new([9]) };
+            home.hear(1, data).unwrap();
+        };
+        back(&mut home);
+        assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, refused(2))]), "node 1 would come for it");
+        for _ in 0..512 {
+            home.hear(1, get(5, true)).unwrap();
+            home.step(Input::Fault { page: 5, write: true }).unwrap();
+            let data = Message::Data { page: 5, write: true, acks: NodeSet::new(), done: true, migratory: false, data: Box::new([5]) };
+            home.hear(1, data).unwrap();
+        }
+        assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, given(2, &[[2], [3]]))]), "it did not");
+        // Node 2 has it, and has not been seen to write it: the next reader gets a copy.
+        home.step(Input::Fault { page: 3, write: false }).unwrap();
+        let data = Message::Data { page: 3, write: false, acks: NodeSet::new(), done: true, migratory: false, data: Box::new([9]) };
+        home.hear(2, data).unwrap();
+        assert_eq!((home.0.access(3), home.0.quiet()), (Access::Shared, true));
     }
 
     #[test]

@@ -1,0 +1,132 @@
+//! Which pages of a home go from writer to writer.
+//!
+//! *Migratory* is a page that a node reads and then writes while nobody else reads it: the next reader is given
+//! the page to write at once. Locks and counters are such pages. A mark stays until its page was only read, or
+//! went to somebody by a stream; nobody may ever see that it is out of date, so who only expects to read asks
+//! how long ago the page last went to a writer.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// Pages written last that are not given to those who only expect to read them.
+const WRITTEN: usize = 64;
+/// The same for migratory ones: as long as so many pages have not gone to writers since.
+const RECENT: u64 = 1024;
+
+/// What the directory of one home knows of that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) struct WriteShared {
+    /// Migratory pages, and the value of `given` when each last went to a writer; at most its present one.
+    marks: BTreeMap<u32, u64>,
+    /// How often a page of this home went to a writer.
+    given: u64,
+    /// The pages that did so last, newest last; each once.
+    written: VecDeque<u32>,
+}
+
+impl WriteShared {
+    /// Whether all of it is about pages of `homed`, and agrees with itself.
+    pub(super) fn fits(&self, homed: &Range<u32>) -> bool {
+        self.marks.keys().chain(&self.written).all(|page| homed.contains(page))
+            && self.marks.values().all(|at| *at <= self.given)
+            && self.written.len() <= WRITTEN
+    }
+
+    /// Forgets what only counts history: no page went to a writer lately.
+    #[cfg(test)]
+    pub(super) fn forget_history(&mut self) {
+        self.written.clear();
+        self.given = RECENT;
+        self.marks.values_mut().for_each(|at| *at = 0);
+    }
+
+    /// Notes that `page` goes to a writer, or to a reader as to a writer.
+    pub(super) fn note(&mut self, page: u32) {
+        self.given = self.given.saturating_add(1);
+        if let Some(at) = self.marks.get_mut(&page) {
+            *at = self.given;
+        }
+        if self.written.back() == Some(&page) {
+            return;
+        }
+        self.written.retain(|other| *other != page);
+        if self.written.len() == WRITTEN {
+            self.written.pop_front();
+        }
+        self.written.push_back(page);
+    }
+
+    /// The only reader of `page` is its next writer.
+    pub(super) fn mark(&mut self, page: u32) {
+        self.marks.insert(page, self.given);
+    }
+
+    pub(super) fn unmark(&mut self, page: u32) {
+        self.marks.remove(&page);
+    }
+
+    pub(super) fn unmark_all(&mut self, pages: Range<u32>) {
+        let marked: Vec<u32> = self.marks.range(pages).map(|(page, _)| *page).collect();
+        marked.iter().for_each(|page| self.unmark(*page));
+    }
+
+    pub(super) fn is_migratory(&self, page: u32) -> bool {
+        self.marks.contains_key(&page)
+    }
+
+    /// Whether one of these pages is migratory and went to a writer a short while ago.
+    pub(super) fn migrates(&self, pages: Range<u32>) -> bool {
+        self.marks.range(pages).any(|(_, at)| self.given - at < RECENT)
+    }
+
+    /// Whether that is so of this page, or it went to a writer very shortly ago.
+    pub(super) fn is_written(&self, page: u32) -> bool {
+        self.written.contains(&page) || self.migrates(page..page + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pages_written_last_are_written() {
+        let mut pages = WriteShared::default();
+        (0..WRITTEN as u32 + 1).for_each(|page| pages.note(page));
+        assert!(!pages.is_written(0) && pages.is_written(1) && pages.is_written(WRITTEN as u32));
+        (0..3).for_each(|_| pages.note(1));
+        assert!(pages.is_written(2) && pages.written.len() == WRITTEN, "each is there once");
+        assert!(!pages.migrates(0..100) && !pages.is_migratory(1));
+    }
+
+    #[test]
+    fn a_migratory_page_is_written_for_longer_and_marked_until_that_ends() {
+        let mut pages = WriteShared::default();
+        pages.note(7);
+        pages.mark(7);
+        (0..RECENT as u32 - 1).for_each(|n| pages.note(1000 + n));
+        assert!(pages.is_written(7) && pages.migrates(0..8) && !pages.migrates(8..1000));
+        pages.note(7);
+        (0..RECENT as u32).for_each(|n| pages.note(1000 + n));
+        assert!(!pages.is_written(7) && !pages.migrates(0..8) && pages.is_migratory(7));
+        pages.note(7);
+        assert!(pages.migrates(7..8), "it still goes from writer to writer");
+        pages.unmark_all(0..7);
+        assert!(pages.is_migratory(7));
+        pages.unmark_all(7..8);
+        assert!(!pages.is_migratory(7) && !pages.migrates(0..8));
+    }
+
+    #[test]
+    fn what_cannot_be_does_not_fit() {
+        let mut pages = WriteShared::default();
+        pages.note(7);
+        pages.mark(7);
+        assert!(pages.fits(&(0..8)) && !pages.fits(&(0..7)));
+        assert!(!WriteShared { given: 0, ..pages.clone() }.fits(&(0..8)));
+        pages.marks.clear();
+        assert!(!pages.fits(&(8..9)));
+    }
+}
