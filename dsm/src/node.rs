@@ -24,7 +24,7 @@ use crate::contention::{Contention, FetchedPage, HotPage};
 use crate::lending::{Lending, LendingCounters};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
-use crate::protocol::{Access, Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::protocol::{Access, BlockContent, Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::stalls::{Part, Stalls, ThreadStalls, Waited};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
@@ -121,7 +121,9 @@ struct State {
     next_free: u32,
     freed: Vec<u32>,
     stalls: Stalls,
-    predictor: Predictor,
+    /// Streams that read, and streams that write.
+    readers: Predictor,
+    writers: Predictor,
     /// What streams have still to ask for.
     asks: Asks,
     lending: Lending,
@@ -146,7 +148,7 @@ pub struct Dsm {
     full: Condvar,
     /// There are fewer copies than before.
     room: Condvar,
-    /// Read faults are watched for streams, whose pages are asked for ahead of need.
+    /// Faults are watched for streams, whose pages are asked for ahead of need.
     ahead: AtomicBool,
     /// Pages have been given up.
     freed: Condvar,
@@ -206,7 +208,7 @@ impl Dsm {
             engine.plant(bug);
         }
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), predictor: Predictor::default(), asks: Asks::default(), lending: Lending::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), readers: Predictor::default(), writers: Predictor::default(), asks: Asks::default(), lending: Lending::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -332,14 +334,14 @@ impl Dsm {
         }
     }
 
-    /// Has streams of read faults bring the pages ahead of them, as they do from the start, or not.
+    /// Has streams of faults bring the pages ahead of them, as they do from the start, or not.
     pub fn read_ahead(&self, on: bool) {
         self.ahead.store(on, Ordering::Relaxed);
     }
 
     /// What came of the pages asked for ahead of streams.
     pub fn accuracy(&self) -> Accuracy {
-        self.lock().as_ref().map(|s| s.predictor.accuracy()).unwrap_or_default()
+        self.lock().as_ref().map(|s| s.readers.accuracy() + s.writers.accuracy()).unwrap_or_default()
     }
 
     /// Notes from now on when the parts of faults happen, or no longer.
@@ -404,14 +406,14 @@ impl Dsm {
                     let now = self.trace.now();
                     for fault in &faults {
                         self.trace.mark(now, Stage::Detected, fault.page);
-                        let reads = !fault.write && self.ahead.load(Ordering::Relaxed);
-                        if reads {
-                            self.enter_block(fault.thread, fault.page);
+                        let ahead = self.ahead.load(Ordering::Relaxed);
+                        if ahead {
+                            self.enter_block(fault.thread, fault.page, fault.write);
                         }
                         let input = Input::Fault { page: fault.page, write: fault.write };
                         let waits = self.step_of(self.me, input, fault.thread);
-                        if waits && reads {
-                            self.follow(fault.thread, fault.page);
+                        if waits && ahead {
+                            self.follow(fault.thread, fault.page, fault.write);
                         }
                     }
                 }
@@ -469,6 +471,10 @@ impl Dsm {
             }
         }
         let came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
+        match &input {
+            Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } => asks.whole(*page),
+            _ => {}
+        }
         let lent = lend(lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
@@ -562,8 +568,10 @@ impl Dsm {
                     return true;
                 }
                 // A block ends what leaves together.
-                if let Message::GivenBlock { page, data: data @ Some(_) } = message {
-                    block = data.take().map(|data| (*page, data));
+                if let Message::GivenBlock { page, content: content @ BlockContent::Pages(_) } = message {
+                    if let BlockContent::Pages(data) = std::mem::replace(content, BlockContent::Stays) {
+                        block = Some((*page, data));
+                    }
                     return false;
                 }
                 // The buffers stay, with their memory.
@@ -629,9 +637,13 @@ fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
             let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1);
             bits.for_each(|bit| stalls.answered(page.saturating_add(bit), from, Part::Sent));
         }
-        Message::GivenBlock { page, data } => {
-            let pages = data.as_ref().map_or(0, |data| data.pages().len() as u32);
-            (*page..page.saturating_add(pages)).for_each(|page| stalls.answered(page, from, Part::Sent));
+        Message::GivenBlock { page, content } => {
+            let part = match content {
+                BlockContent::Stays => return,
+                BlockContent::Zeros => Part::Granted,
+                BlockContent::Pages(_) => Part::Sent,
+            };
+            (*page..page.saturating_add(BLOCK_PAGES)).for_each(|page| stalls.answered(page, from, part));
         }
         Message::InvalidateAck { page } => stalls.answered(*page, from, Part::Dropped),
         Message::Grant { page, .. } => stalls.answered(*page, from, Part::Granted),

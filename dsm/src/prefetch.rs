@@ -1,5 +1,5 @@
-//! Which pages a thread is going to read: streams seen in its read faults. Pure: decides from the order
-//! of faults alone.
+//! Which pages a thread is going to read, or to write: streams seen in its faults of one kind. Pure: decides from
+//! the order of faults alone.
 //!
 //! A stream is a thread's faults at equal distances, upwards or downwards. When it has shown itself
 //! by three faults, the pages ahead are asked for, in a window that doubles for as long as the stream goes
@@ -39,6 +39,14 @@ pub struct Accuracy {
     pub used: u64,
     /// Of these, pages ahead of a stream that ended.
     pub wasted: u64,
+}
+
+impl std::ops::Add for Accuracy {
+    type Output = Accuracy;
+
+    fn add(self, other: Accuracy) -> Accuracy {
+        Accuracy { issued: self.issued + other.issued, used: self.used + other.used, wasted: self.wasted + other.wasted }
+    }
 }
 
 /// Faults of one thread at equal distances.
@@ -141,7 +149,7 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Takes note that `thread` waits for `page`, to read it, and says what to ask for now, about `room` pages at
+    /// Takes note that `thread` waits for `page`, and says what to ask for now, about `room` pages at
     /// most. `block`: pages of a block that may be asked for whole; 0 if none may be.
     pub fn fault(&mut self, thread: u32, page: u32, room: u32, block: u32) -> Wanted {
         let mut wanted = Wanted::default();

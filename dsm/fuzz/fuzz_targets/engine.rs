@@ -100,6 +100,7 @@ fuzz_target!(|data: &[u8]| {
                         Input::Free { id: requests, pages }
                     }
                     Some(3) => Input::AheadBlock { first: page },
+                    Some(5) => Input::Ahead { first: page, wanted: 0b111, write: kind & 8 != 0 },
                     Some(4) => Input::KeepBlock { to: (me + 1) % NODES as NodeId, first: page },
                     _ => Input::Prefetch { pages, write: kind & 8 != 0 },
                 }

@@ -5,7 +5,7 @@
 //! don't wait behind them. A piece without content has the message's place among the others: once that has come,
 //! and all of the block has, it is the message of the protocol.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, Read};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
@@ -13,7 +13,8 @@ use zerocopy::IntoBytes;
 
 use super::{BLOCK, Dsm, DsmError, State};
 use crate::memory::{BLOCK_BYTES, BLOCK_PAGES, Landing, PAGE_WORDS};
-use crate::protocol::{BlockData, Input, MOST_AHEAD, Malformed, Message, NodeId};
+use crate::prefetch::Predictor;
+use crate::protocol::{BlockContent, BlockData, Input, MOST_AHEAD, Malformed, Message, NodeId};
 use crate::transport::Body;
 
 /// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
@@ -66,41 +67,62 @@ impl Arrivals {
     }
 }
 
-/// What streams have still to ask for. Blocks go behind pages, which somebody reads sooner.
+/// What streams have still to ask for. Blocks go behind pages, which somebody comes to sooner.
 #[derive(Debug, Default)]
 pub(super) struct Asks {
-    /// The first page, and a bit for each.
-    pages: VecDeque<(u32, u64)>,
-    /// The first page of each.
-    blocks: VecDeque<u32>,
+    /// The first page, a bit for each, and whether to write.
+    pages: VecDeque<(u32, u64, bool)>,
+    /// The first page of each, and whether to write.
+    blocks: VecDeque<(u32, bool)>,
+    /// Blocks asked for by streams that write.
+    writing: BTreeSet<u32>,
 }
 
 impl Asks {
     /// How many pages that is.
     fn count(&self) -> u32 {
-        self.pages.iter().map(|(_, wanted)| wanted.count_ones()).sum::<u32>() + self.blocks.len() as u32 * BLOCK_PAGES
+        self.pages.iter().map(|(_, wanted, _)| wanted.count_ones()).sum::<u32>() + self.blocks.len() as u32 * BLOCK_PAGES
     }
 
     /// A block by the page instead of whole, before all else.
     pub(super) fn not_whole(&mut self, first: u32) {
+        let write = self.writing.remove(&first);
         for offset in (0..BLOCK_PAGES).step_by(AHEAD_AT_ONCE).rev() {
-            self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1));
+            self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1, write));
         }
+    }
+
+    /// A block has come whole.
+    pub(super) fn whole(&mut self, first: u32) {
+        self.writing.remove(&first);
+    }
+
+    /// To be asked for whole.
+    fn block(&mut self, first: u32, write: bool) -> Input<PAGE_WORDS> {
+        if write {
+            self.writing.insert(first);
+        }
+        Input::AheadBlock { first }
     }
 
     /// What to ask for next, with so many pages and blocks under way.
     fn next(&mut self, pages: usize, blocks: usize) -> Option<Input<PAGE_WORDS>> {
         if pages + AHEAD_AT_ONCE <= AHEAD_UNDER_WAY {
-            if let Some((first, wanted)) = self.pages.pop_front() {
-                return Some(Input::Ahead { first, wanted });
+            if let Some((first, wanted, write)) = self.pages.pop_front() {
+                return Some(Input::Ahead { first, wanted, write });
             }
         }
-        let first = if self.pages.is_empty() && blocks < BLOCKS_UNDER_WAY { self.blocks.pop_front() } else { None };
-        first.map(|first| Input::AheadBlock { first })
+        let next = if self.pages.is_empty() && blocks < BLOCKS_UNDER_WAY { self.blocks.pop_front() } else { None };
+        next.map(|(first, write)| self.block(first, write))
     }
 }
 
 impl State {
+    /// Of the streams that write, or of those that read.
+    fn predictor(&mut self, write: bool) -> &mut Predictor {
+        if write { &mut self.writers } else { &mut self.readers }
+    }
+
     /// How many pages may be asked for ahead of need, and pages of a block that may be asked for whole, if any.
     fn may_ask(&self, page: u32) -> (u32, u32) {
         // Nothing is evicted for pages that may never be read.
@@ -111,33 +133,34 @@ impl State {
 }
 
 impl Dsm {
-    /// A thread is about to have a read fault: if that is where a long stream enters a block, all of it is asked for.
-    pub(super) fn enter_block(&self, thread: u32, page: u32) {
-        let enters = self.lock().as_ref().is_some_and(|state| {
+    /// A thread is about to have a fault: if that is where a long stream enters a block, all of it is asked for.
+    pub(super) fn enter_block(&self, thread: u32, page: u32, write: bool) {
+        let input = self.lock().as_mut().and_then(|state| {
             let (room, block) = state.may_ask(page);
-            state.engine.asked_blocks() < ENTERED_UNDER_WAY && state.predictor.wants_block(thread, page, room, block)
+            let enters = state.engine.asked_blocks() < ENTERED_UNDER_WAY && state.predictor(write).wants_block(thread, page, room, block);
+            enters.then(|| state.asks.block(page - page % BLOCK_PAGES, write))
         });
-        if enters {
-            self.step(self.me, Input::AheadBlock { first: page - page % BLOCK_PAGES });
+        if let Some(input) = input {
+            self.step(self.me, input);
         }
     }
 
-    /// Sees to it that what a thread is going to read next is asked for, if its faults show that. The fault
-    /// itself, which somebody waits for, has been asked for before.
-    pub(super) fn follow(&self, thread: u32, page: u32) {
+    /// Sees to it that what a thread is going to read next, or to write, is asked for, if its faults show that. The
+    /// fault itself, which somebody waits for, has been asked for before.
+    pub(super) fn follow(&self, thread: u32, page: u32, write: bool) {
         if let Some(state) = self.lock().as_mut() {
             let (room, block) = state.may_ask(page);
-            let mut wanted = state.predictor.fault(thread, page, room, block);
+            let mut wanted = state.predictor(write).fault(thread, page, room, block);
             // Streams go either way.
             wanted.pages.sort_unstable();
             let mut rest = &wanted.pages[..];
             while let Some(&first) = rest.first() {
                 let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
                 let bits = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
-                state.asks.pages.push_back((first, bits));
+                state.asks.pages.push_back((first, bits, write));
                 rest = &rest[some..];
             }
-            state.asks.blocks.extend(wanted.blocks);
+            state.asks.blocks.extend(wanted.blocks.into_iter().map(|first| (first, write)));
         }
         self.ask_ahead();
     }
@@ -205,7 +228,7 @@ impl Dsm {
             Err(reason) => self.fail(DsmError::Malformed { from: peer, reason }),
             Ok(None) => {}
             Ok(Some((page, data))) => {
-                let message = Message::GivenBlock { page, data: Some(data) };
+                let message = Message::GivenBlock { page, content: BlockContent::Pages(data) };
                 self.step(peer, Input::Message { from: peer as NodeId, message });
             }
         }

@@ -5,12 +5,20 @@
 //! table, and a page that went to a writer a short while ago. A refusal changes nothing anywhere. What is
 //! given is given as to a reader whose request home answers itself, so nobody says Done: whatever home sends
 //! next about the page comes behind it. It is migratory no longer.
+//!
+//! A node that expects to write them is given those that home alone has, as it would be on a write request, and
+//! those that nobody wrote, without data; all of them are its own.
 
 use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
 
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::{Memory, PageData};
 use super::message::{Message, NodeId};
+use super::node_set::NodeSet;
+use super::place::Place;
+use super::Bug;
 
 /// Pages that a node names in one message: bit n stands for the nth page from the first on.
 pub const MOST_AHEAD: u32 = u64::BITS;
@@ -33,10 +41,19 @@ fn runs(first: u32, mut set: u64) -> impl Iterator<Item = Range<u32>> {
     })
 }
 
+/// How a page was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) struct Asked {
+    /// To write.
+    pub write: bool,
+    /// Somebody has come for it meanwhile: to write?
+    pub waits: Option<bool>,
+}
+
 impl<const W: usize> Engine<W> {
-    /// As for a page somebody is going to read: asks for those of `wanted`, from page `first` on, that are
-    /// not here nor under way and have the same home as the first.
-    pub(super) fn ask_ahead(&mut self, first: u32, wanted: u64, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    /// As for pages somebody is going to read, or to write: asks for those of `wanted`, from page `first` on, that
+    /// are not here nor under way and have the same home as the first.
+    pub(super) fn ask_ahead(&mut self, first: u32, wanted: u64, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         if first >= self.geometry.pages() {
             return;
         }
@@ -45,7 +62,7 @@ impl<const W: usize> Engine<W> {
             return;
         }
         if home == self.me {
-            return self.fetch_ahead(first, wanted, memory, out);
+            return self.fetch_ahead(first, wanted, write, memory, out);
         }
         let mut asked: u64 = 0;
         for n in 0..MOST_AHEAD.min(self.geometry.pages() - first) {
@@ -58,28 +75,32 @@ impl<const W: usize> Engine<W> {
                 && !self.is_block_asked(page);
             if fits {
                 asked |= 1 << n;
-                self.ahead.insert(page, None);
+                self.ahead.insert(page, Asked { write, waits: None });
             }
         }
         if asked != 0 {
             self.counters.prefetches += u64::from(asked.count_ones());
-            self.send(home, Message::Ask { page: first, wanted: asked }, memory, out);
+            self.send(home, Message::Ask { page: first, wanted: asked, write }, memory, out);
         }
     }
 
     /// The same for pages whose home this is: it knows which of them cost nobody anything, and has their owners
     /// send those.
-    fn fetch_ahead(&mut self, first: u32, wanted: u64, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    fn fetch_ahead(&mut self, first: u32, wanted: u64, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         for page in pages(first, wanted) {
             let exists = page < self.geometry.pages() && self.geometry.home(page) == self.me;
             if !exists || self.is_pending(page) {
                 continue;
             }
-            let elsewhere = matches!(self.directory.owner_for(page, self.me), Some((owner, false)) if owner != self.me);
-            if elsewhere && self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page) {
+            let owner = match self.directory.owner_for(page, self.me) {
+                Some((owner, false)) if owner != self.me => owner,
+                _ => continue,
+            };
+            let spare = self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page);
+            if spare && (!write || self.directory.is_alone(page, owner, owner)) {
                 self.counters.prefetches += 1;
                 self.directory.write_shared.unmark(page);
-                self.request(page, false, memory, out);
+                self.request(page, write, memory, out);
             }
         }
     }
@@ -90,81 +111,104 @@ impl<const W: usize> Engine<W> {
         from: NodeId,
         first: u32,
         wanted: u64,
+        write: bool,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
-        let mut given = 0;
+        let (mut held, mut zeros) = (0, 0);
         for page in pages(first, wanted) {
             if page >= self.geometry.pages() || self.geometry.home(page) != self.me {
                 return Err(ProtocolError { from, what: "an Ask for a page of another home", page });
             }
-            if self.spare(from, page)? {
-                given |= 1 << (page - first);
+            let bit = 1 << (page - first);
+            if write && self.directory.is_untouched(page) {
+                zeros |= bit;
+            } else if self.spare(from, page, write)? {
+                held |= bit;
             }
         }
         // Frozen first, as every page that leaves.
-        let frozen = pages(first, given)
+        let frozen = pages(first, held)
             .filter(|page| self.access[*page as usize] == Access::Exclusive)
             .fold(0, |set, page| set | 1 << (page - first));
         for run in runs(first, frozen) {
             self.access[run.start as usize..run.end as usize].fill(Access::Shared);
             memory.protect_range(run);
         }
-        let mut data = Vec::with_capacity(given.count_ones() as usize);
-        for page in pages(first, given) {
+        let mut data = Vec::with_capacity(held.count_ones() as usize);
+        for page in pages(first, held) {
             let mut words = [0; W];
             memory.read_into(page, &mut words);
             data.push(words);
-            self.directory.add_sharer(page, from);
             self.directory.write_shared.unmark(page);
+            if !write {
+                self.directory.add_sharer(page, from);
+            }
+        }
+        if write {
+            for run in runs(first, held) {
+                self.access[run.start as usize..run.end as usize].fill(Access::Invalid);
+                for page in run.clone() {
+                    self.given.remove(&page);
+                }
+                memory.discard_run(run);
+            }
+            pages(first, held | zeros).for_each(|page| *self.directory.place(page) = Place::owned(from, NodeSet::new()));
         }
         self.counters.pages_out += data.len() as u64;
-        self.send(from, Message::Given { page: first, wanted, given, data }, memory, out);
+        self.send(from, Message::Given { page: first, wanted, given: held | zeros, zeros, write, data }, memory, out);
         Ok(())
     }
 
-    /// As home: whether a page can be given to `from`, who expects to read it.
-    fn spare(&mut self, from: NodeId, page: u32) -> Result<bool, ProtocolError> {
+    /// As home: whether a page that has been written can be given to `from`, who expects to read it, or to write it.
+    fn spare(&mut self, from: NodeId, page: u32, write: bool) -> Result<bool, ProtocolError> {
         let Some((owner, has_copy)) = self.directory.owner_for(page, from) else { return Ok(false) };
         if has_copy {
             return Err(ProtocolError { from, what: "an Ask for a page it has", page });
         }
         let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
-        Ok(owner == self.me && here && self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page))
+        let alone = !write || self.directory.is_alone(page, owner, from) || self.bug == Some(Bug::GivenDespiteReaders);
+        let migrates = self.directory.write_shared.is_written(page);
+        Ok(owner == self.me && here && alone && self.tables.level(page).is_none() && !migrates)
     }
 
-    /// Home's answer: pages of `given`, none of the others that were `wanted`.
+    /// Home's answer.
     pub(super) fn given_ahead(
         &mut self,
         from: NodeId,
         first: u32,
-        (wanted, given): (u64, u64),
-        data: &[PageData<W>],
+        answer: GivenPages<'_, W>,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let bad = |page| Err(ProtocolError { from, what: "a Given nobody asked for", page });
-        if given & !wanted != 0 || data.len() != given.count_ones() as usize {
+        let GivenPages { wanted, given, zeros, write, data } = answer;
+        let held = given & !zeros;
+        if given & !wanted != 0 || zeros & !given != 0 || (zeros != 0 && !write) || data.len() != held.count_ones() as usize {
             return bad(first);
         }
         let mut waiting = Vec::new();
         for page in pages(first, wanted) {
             let asked = page < self.geometry.pages() && self.geometry.home(page) == from;
-            match self.ahead.remove(&page).filter(|_| asked) {
-                Some(Some(write)) if given >> (page - first) & 1 == 0 => waiting.push((page, write)),
+            match self.ahead.remove(&page).filter(|how| asked && how.write == write) {
+                Some(Asked { waits: Some(write), .. }) if given >> (page - first) & 1 == 0 => waiting.push((page, write)),
                 Some(_) => {}
                 None => return bad(page),
             }
         }
         let mut rest = data;
-        for run in runs(first, given) {
+        for run in runs(first, held) {
             let (some, more) = rest.split_at(run.len());
             rest = more;
-            memory.install_range(run.start, some, false);
-            self.access[run.start as usize..run.end as usize].fill(Access::Shared);
+            memory.install_range(run.start, some, write);
+        }
+        runs(first, zeros).for_each(|run| memory.install_zeros(run));
+        for run in runs(first, given) {
+            self.access[run.start as usize..run.end as usize].fill(if write { Access::Exclusive } else { Access::Shared });
             out.completed.extend(run);
         }
         self.counters.pages_in += data.len() as u64;
+        self.counters.zero_neighbours += u64::from(zeros.count_ones());
         self.counters.prefetches_refused += u64::from((wanted & !given).count_ones());
         // Somebody came for these meanwhile: now it is a fault like any other.
         for (page, write) in waiting {
@@ -174,6 +218,15 @@ impl<const W: usize> Engine<W> {
         }
         Ok(())
     }
+}
+
+/// What home answers to an Ask: see [`Message::Given`].
+pub(super) struct GivenPages<'a, const W: usize> {
+    pub wanted: u64,
+    pub given: u64,
+    pub zeros: u64,
+    pub write: bool,
+    pub data: &'a [PageData<W>],
 }
 
 #[cfg(test)]
@@ -211,8 +264,15 @@ mod tests {
         fn install_range(&mut self, first: u32, data: &[PageData<1>], _: bool) {
             self.0.push(format!("install {first} {data:?}"));
         }
-        fn install_zeros(&mut self, _: Range<u32>) {}
-        fn discard(&mut self, _: u32) {}
+        fn install_zeros(&mut self, pages: Range<u32>) {
+            self.0.push(format!("zeros {pages:?}"));
+        }
+        fn discard(&mut self, page: u32) {
+            self.0.push(format!("discard {page}"));
+        }
+        fn discard_run(&mut self, pages: Range<u32>) {
+            self.0.push(format!("discard {pages:?}"));
+        }
         fn wake(&mut self, _: u32) {}
         fn load(&self, _: u32, _: usize) -> u64 {
             0
@@ -242,24 +302,55 @@ mod tests {
     #[test]
     fn home_gives_what_it_owns_by_the_run_and_refuses_the_rest() {
         let mut home = node(0);
-        let answer = step(&mut home, from(1, Message::Ask { page: 4, wanted: 0b11_1011 })).unwrap();
+        let answer = step(&mut home, from(1, Message::Ask { page: 4, wanted: 0b11_1011, write: false })).unwrap();
         let data = vec![[4], [5], [7]];
-        assert_eq!(answer, [Message::Given { page: 4, wanted: 0b11_1011, given: 0b1011, data }], "8 and 9 nobody wrote");
+        assert_eq!(answer, [Message::Given { page: 4, wanted: 0b11_1011, given: 0b1011, zeros: 0, write: false, data }], "8 and 9 nobody wrote");
         assert_eq!(home.1.0, ["protect 4..6", "protect 7..8"]);
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 4, wanted: 1 })), Err("an Ask for a page it has"));
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 9, wanted: 2 })), Err("an Ask for a page of another home"));
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 11, wanted: 1 << 63 })), Err("an Ask for a page of another home"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 4, wanted: 1, write: false })), Err("an Ask for a page it has"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 9, wanted: 2, write: false })), Err("an Ask for a page of another home"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 11, wanted: 1 << 63, write: false })), Err("an Ask for a page of another home"));
+    }
+
+    #[test]
+    fn who_expects_to_write_is_given_the_pages_themselves_and_zeros_without_data() {
+        let (mut home, mut writer) = (node(0), node(1));
+        step(&mut home, from(1, Message::Get { page: 2, write: false, table: false })).unwrap();
+        home.1.0.clear();
+        writer.0.access[2] = Access::Shared;
+        let asked = step(&mut writer, Input::Ahead { first: 1, wanted: 0x1ff, write: true }).unwrap();
+        assert_eq!(asked, [Message::Ask { page: 1, wanted: 0x1fd, write: true }]);
+        let answer = step(&mut home, from(1, asked[0].clone())).unwrap();
+        let data = (1..8).filter(|page| *page != 2).map(|page| [page]).collect();
+        assert_eq!(answer, [Message::Given { page: 1, wanted: 0x1fd, given: 0x1fd, zeros: 0x180, write: true, data }]);
+        assert_eq!(home.1.0, ["protect 1..2", "protect 3..8", "discard 1..2", "discard 3..8"]);
+        assert_eq!((home.0.access(1), home.0.access(2)), (Access::Invalid, Access::Shared));
+        let other = Message::Given { page: 1, wanted: 0x1fd, given: 0, zeros: 0, write: false, data: vec![] };
+        assert_eq!(step(&mut (writer.0.clone(), Noted::default()), from(0, other)), Err("a Given nobody asked for"));
+        assert_eq!(step(&mut writer, from(0, answer[0].clone())).unwrap(), []);
+        assert_eq!(writer.1.0, ["install 1 [[1]]", "install 3 [[3], [4], [5], [6], [7]]", "zeros 8..10"]);
+        assert_eq!([1, 2, 9].map(|page| writer.0.access(page)), [Access::Exclusive, Access::Shared, Access::Exclusive]);
+        let sends = step(&mut home, Input::Fault { page: 9, write: false }).unwrap();
+        assert!(matches!(sends[..], [Message::Fetch { page: 9, requester: 0, .. }]), "{sends:?}");
+    }
+
+    #[test]
+    fn who_expects_to_write_is_not_given_what_others_read() {
+        let geometry = Geometry::new(&[(0, 4)], &[4, 0, 0]);
+        let mut home = (Engine::new(0, geometry, std::slice::from_ref(&(0..4)), 0..0, false), Noted::default());
+        step(&mut home, from(2, Message::Get { page: 1, write: false, table: false })).unwrap();
+        let answer = step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, write: true })).unwrap();
+        assert_eq!(answer, [Message::Given { page: 0, wanted: 0b11, given: 0b01, zeros: 0, write: true, data: vec![[0]] }]);
     }
 
     #[test]
     fn a_page_taken_back_for_writing_is_refused() {
         let mut home = node(0);
-        step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11 })).unwrap();
+        step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, write: false })).unwrap();
         assert_eq!(step(&mut home, Input::Fault { page: 0, write: true }).unwrap(), [Message::Invalidate { page: 0, requester: 0 }]);
-        let refused = [Message::Given { page: 0, wanted: 1, given: 0, data: vec![] }];
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1 })).unwrap(), refused, "it is busy");
+        let refused = [Message::Given { page: 0, wanted: 1, given: 0, zeros: 0, write: false, data: vec![] }];
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, write: false })).unwrap(), refused, "it is busy");
         step(&mut home, from(1, Message::InvalidateAck { page: 0 })).unwrap();
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1 })).unwrap(), refused, "its owner writes it");
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, write: false })).unwrap(), refused, "its owner writes it");
         let get = Message::Get { page: 0, write: false, table: false };
         assert!(matches!(step(&mut home, from(1, get)).unwrap()[..], [Message::Data { page: 0, write: false, .. }]), "who needs it gets it");
     }
@@ -267,12 +358,12 @@ mod tests {
     #[test]
     fn what_comes_is_installed_by_the_run_and_who_came_for_the_rest_asks_again() {
         let mut reader = node(1);
-        let asked = step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX }).unwrap();
-        assert_eq!(asked, [Message::Ask { page: 2, wanted: 0xff }], "to the end of what this home has");
-        assert_eq!(step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX }).unwrap(), [], "it is under way");
+        let asked = step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, write: false }).unwrap();
+        assert_eq!(asked, [Message::Ask { page: 2, wanted: 0xff, write: false }], "to the end of what this home has");
+        assert_eq!(step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, write: false }).unwrap(), [], "it is under way");
         assert_eq!(step(&mut reader, Input::Fault { page: 5, write: false }).unwrap(), []);
         assert!(reader.0.is_pending(5) && !reader.0.quiet());
-        let given = |given, data| Message::Given { page: 2, wanted: 0xff, given, data };
+        let given = |given, data| Message::Given { page: 2, wanted: 0xff, given, zeros: 0, write: false, data };
         assert_eq!(step(&mut (reader.0.clone(), Noted::default()), from(0, given(0x100, vec![[1]]))), Err("a Given nobody asked for"));
         assert_eq!(step(&mut (reader.0.clone(), Noted::default()), from(0, given(0b11, vec![[1]]))), Err("a Given nobody asked for"));
         let answers = step(&mut reader, from(0, given(0b1011_0011, vec![[2], [3], [6], [7], [9]]))).unwrap();
@@ -285,11 +376,11 @@ mod tests {
     #[test]
     fn a_lost_home_ends_what_was_asked_for() {
         let mut reader = node(1);
-        step(&mut reader, Input::Ahead { first: 0, wanted: 0b111 }).unwrap();
+        step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, write: false }).unwrap();
         step(&mut reader, Input::Fault { page: 1, write: false }).unwrap();
         let mut out = Output::default();
         reader.0.step(Input::Lost(0), &mut reader.1, &mut out).unwrap();
         assert_eq!((out.failed, reader.0.quiet()), (vec![1], true));
-        assert_eq!(step(&mut reader, Input::Ahead { first: 0, wanted: 0b111 }).unwrap(), []);
+        assert_eq!(step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, write: false }).unwrap(), []);
     }
 }

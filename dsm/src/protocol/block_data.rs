@@ -26,6 +26,17 @@ impl<const W: usize> BlockMemory<W> for Vec<PageData<W>> {
     }
 }
 
+/// What home answers to who asked for a whole block.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum BlockContent<const W: usize> {
+    /// The block stays where it is.
+    Stays,
+    /// Nobody wrote any of it.
+    Zeros,
+    /// What it holds.
+    Pages(BlockData<W>),
+}
+
 /// The content of a block. Its memory is its owner's alone: a clone is a copy.
 pub struct BlockData<const W: usize>(Box<dyn BlockMemory<W>>);
 

@@ -159,6 +159,16 @@ impl<const W: usize> Directory<W> {
         }
     }
 
+    /// Whether nobody wrote a page homed here.
+    pub(super) fn is_untouched(&self, page: u32) -> bool {
+        self.places[(page - self.first) as usize] == Place::Untouched
+    }
+
+    /// Those of pages homed here that nobody wrote.
+    pub(super) fn untouched(&self, pages: Range<u32>) -> impl Iterator<Item = u32> {
+        pages.filter(|page| self.is_untouched(*page))
+    }
+
     /// `node` reads a page from now on that is somebody's.
     pub(super) fn add_sharer(&mut self, page: u32, node: NodeId) {
         let place = std::mem::take(self.place(page));

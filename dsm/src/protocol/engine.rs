@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::ahead::{Asked, GivenPages};
 use super::directory::{Directory, Request};
 use super::fence::Fence;
 use super::geometry::Geometry;
@@ -64,9 +65,9 @@ pub enum Input<const W: usize> {
     Fault { page: u32, write: bool },
     /// Somebody here is about to touch pages that may not allow it.
     Prefetch { pages: Range<u32>, write: bool },
-    /// Somebody here is expected to read pages soon: bit n is the nth from `first` on.
-    Ahead { first: u32, wanted: u64 },
-    /// Somebody here is expected to read all of the block from `first` on, and more.
+    /// Somebody here is expected to read pages soon, or to `write` them: bit n is the nth from `first` on.
+    Ahead { first: u32, wanted: u64, write: bool },
+    /// Somebody here is expected to read, or write, all of the block from `first` on, and more.
     AheadBlock { first: u32 },
     /// [`Message::AskBlock`] arrived from `to`, and this node has reasons to keep the block.
     KeepBlock { to: NodeId, first: u32 },
@@ -178,8 +179,8 @@ pub struct Engine<const W: usize> {
     pub(super) replicate: bool,
     pub(super) access: Vec<Access>,
     pub(super) pending: BTreeMap<u32, Pending<W>>,
-    /// Pages asked for by [`Message::Ask`], and whether somebody waits for them meanwhile: to write?
-    pub(super) ahead: BTreeMap<u32, Option<bool>>,
+    /// Pages asked for by [`Message::Ask`].
+    pub(super) ahead: BTreeMap<u32, Asked>,
     /// Blocks asked for by [`Message::AskBlock`], by their first page.
     pub(super) blocks: BTreeMap<u32, Awaited<W>>,
     pub(super) directory: Directory<W>,
@@ -329,7 +330,7 @@ impl<const W: usize> Engine<W> {
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
-            Input::Ahead { first, wanted } => self.ask_ahead(first, wanted, memory, out),
+            Input::Ahead { first, wanted, write } => self.ask_ahead(first, wanted, write, memory, out),
             Input::AheadBlock { first } => self.ask_block(first, memory, out),
             Input::KeepBlock { to, .. } if self.gone.contains(to) => {}
             Input::KeepBlock { to, first } => self.home_ask_block(to, first, false, memory, out)?,
@@ -356,9 +357,9 @@ impl<const W: usize> Engine<W> {
             self.counters.stale_faults += 1;
             return;
         }
-        if let Some(waits) = self.ahead.get_mut(&page) {
+        if let Some(asked) = self.ahead.get_mut(&page) {
             self.counters.stale_faults += 1;
-            *waits = Some(write || *waits == Some(true));
+            asked.waits = Some(write || asked.waits == Some(true));
             return;
         }
         if self.await_block(page, write) {
@@ -574,12 +575,13 @@ impl<const W: usize> Engine<W> {
                 self.pending.remove(&page);
                 self.fail(page, out);
             }
-            Message::Ask { page, wanted } => self.home_ask(from, page, wanted, memory, out)?,
-            Message::Given { page, wanted, given, data } => {
-                self.given_ahead(from, page, (wanted, given), &data, memory, out)?;
+            Message::Ask { page, wanted, write } => self.home_ask(from, page, wanted, write, memory, out)?,
+            Message::Given { page, wanted, given, zeros, write, data } => {
+                let given = GivenPages { wanted, given, zeros, write, data: &data };
+                self.given_ahead(from, page, given, memory, out)?;
             }
             Message::AskBlock { page } => self.home_ask_block(from, page, true, memory, out)?,
-            Message::GivenBlock { page, data } => self.given_block(from, page, data, memory, out)?,
+            Message::GivenBlock { page, content } => self.given_block(from, page, content, memory, out)?,
             Message::Recall { page, requester } => {
                 if from != self.geometry.home(page) {
                     return bad("Recall", page);

@@ -66,7 +66,7 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         let asked: Vec<u32> = self.ahead.keys().copied().filter(|page| self.geometry.home(*page) == node).collect();
         for page in asked {
-            if self.ahead.remove(&page).flatten().is_some() {
+            if self.ahead.remove(&page).is_some_and(|asked| asked.waits.is_some()) {
                 self.fail(page, out);
             }
         }

@@ -6,7 +6,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::block_data::BlockData;
+use super::block_data::{BlockContent, BlockData};
 use super::memory::{PageData, pages, words};
 use super::node_set::NodeSet;
 
@@ -79,16 +79,17 @@ pub enum Message<const W: usize> {
     Kept { page: u32, requester: NodeId, copy: bool },
     /// To home: I have no room for my copy of this page.
     Evict { page: u32 },
-    /// Requester to home: I expect to read these pages, from `page` on: bit n of `wanted` is the nth. Give me
-    /// those that cost nobody anything.
-    Ask { page: u32, wanted: u64 },
-    /// Home to requester: copies of the pages of `given` to read, in order; none of the others I was asked for.
-    Given { page: u32, wanted: u64, given: u64, #[serde(with = "pages")] data: Vec<PageData<W>> },
-    /// Requester to home: I expect to read this whole block, which starts with `page`, and more. Make it mine if
-    /// that costs nobody anything.
+    /// Requester to home: I expect to read, or to `write`, these pages, from `page` on: bit n of `wanted` is the
+    /// nth. Give me those that cost nobody anything.
+    Ask { page: u32, wanted: u64, write: bool },
+    /// Home to requester: the pages of `given`, as copies to read or, with `write`, as yours; none of the others I
+    /// was asked for. Those of `zeros`, which are yours, nobody wrote; `data` has the rest in order.
+    Given { page: u32, wanted: u64, given: u64, zeros: u64, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
+    /// Requester to home: I expect to read, or to write, this whole block, which starts with `page`, and more. Make
+    /// it mine if that costs nobody anything.
     AskBlock { page: u32 },
-    /// Home to requester: the block is yours, all of it, to write; or it stays where it is.
-    GivenBlock { page: u32, data: Option<BlockData<W>> },
+    /// Home to requester: whether the block is yours now, all of it, to write.
+    GivenBlock { page: u32, content: BlockContent<W> },
     /// To home: the guest has no use for these pages; tell me when nobody has them any more.
     Free { id: u32, first: u32, count: u32 },
     /// From home: that is done.
@@ -191,14 +192,17 @@ impl<const W: usize> Message<W> {
                 out.push(u8::from(*copy));
             }
             Evict { page } => head(out, 22, *page),
-            Ask { page, wanted } => {
+            Ask { page, wanted, write } => {
                 head(out, 23, *page);
                 out.extend(wanted.to_le_bytes());
+                out.push(u8::from(*write));
             }
-            Given { page, wanted, given, data } => {
+            Given { page, wanted, given, zeros, write, data } => {
                 head(out, 24, *page);
-                out.extend(wanted.to_le_bytes());
-                out.extend(given.to_le_bytes());
+                for bits in [wanted, given, zeros] {
+                    out.extend(bits.to_le_bytes());
+                }
+                out.push(u8::from(*write));
                 data.iter().for_each(|words| put_plain_words(out, words));
             }
             Free { id, first, count } => {
@@ -208,11 +212,17 @@ impl<const W: usize> Message<W> {
             }
             Freed { id } => head(out, 26, *id),
             AskBlock { page } => head(out, 27, *page),
-            GivenBlock { page, data } => {
+            GivenBlock { page, content } => {
                 head(out, 28, *page);
-                let pages = data.as_ref().map_or(&[][..], BlockData::pages);
-                out.extend((pages.len() as u32).to_le_bytes());
-                pages.iter().for_each(|words| put_plain_words(out, words));
+                match content {
+                    BlockContent::Stays => out.push(0),
+                    BlockContent::Zeros => out.push(1),
+                    BlockContent::Pages(data) => {
+                        out.push(2);
+                        out.extend((data.pages().len() as u32).to_le_bytes());
+                        data.pages().iter().for_each(|words| put_plain_words(out, words));
+                    }
+                }
             }
             Machine(bytes) => {
                 out.push(16);
@@ -279,9 +289,16 @@ impl<const W: usize> Message<W> {
             26 => Freed { id: page },
             27 => AskBlock { page },
             28 => {
-                let count = r.u32()?;
-                let data = if count == 0 { None } else { Some(BlockData::new(r.pages::<W>(count)?)) };
-                GivenBlock { page, data }
+                let content = match r.u8()? {
+                    0 => BlockContent::Stays,
+                    1 => BlockContent::Zeros,
+                    2 => {
+                        let count = r.u32()?;
+                        BlockContent::Pages(BlockData::new(r.pages::<W>(count)?))
+                    }
+                    _ => return Err(Malformed),
+                };
+                GivenBlock { page, content }
             }
             15 => Demoted { page, changes: r.changes()? },
             18 => {
@@ -291,10 +308,10 @@ impl<const W: usize> Message<W> {
             19 => Gone { page },
             20 => Recall { page, requester: r.u16()? },
             21 => Kept { page, requester: r.u16()?, copy: flag(r.u8()?, 0) },
-            23 => Ask { page, wanted: r.u64()? },
+            23 => Ask { page, wanted: r.u64()?, write: flag(r.u8()?, 0) },
             24 => {
-                let (wanted, given) = (r.u64()?, r.u64()?);
-                Given { page, wanted, given, data: r.pages(given.count_ones())? }
+                let (wanted, given, zeros, write) = (r.u64()?, r.u64()?, r.u64()?, flag(r.u8()?, 0));
+                Given { page, wanted, given, zeros, write, data: r.pages((given & !zeros).count_ones())? }
             }
             _ => return Err(Malformed),
         };
@@ -308,7 +325,7 @@ impl<const W: usize> Message<W> {
             self,
             Message::Data { .. }
                 | Message::Given { .. }
-                | Message::GivenBlock { data: Some(_), .. }
+                | Message::GivenBlock { content: BlockContent::Pages(_), .. }
                 | Message::InvalidateAck { .. }
                 | Message::Machine(_)
         )
@@ -490,12 +507,14 @@ mod tests {
             Recall { page: 4, requester: 999 },
             Kept { page: 4, requester: 999, copy: true },
             Evict { page: 4 },
-            Ask { page: 9, wanted: 0b101 },
-            Given { page: 9, wanted: 0b101, given: 0b100, data: vec![[3, 4]] },
-            Given { page: 9, wanted: 3, given: 3, data: vec![[3, 4], [5, 6]] },
+            Ask { page: 9, wanted: 0b101, write: false },
+            Ask { page: 9, wanted: 1 << 63, write: true },
+            Given { page: 9, wanted: 0b101, given: 0b100, zeros: 0, write: false, data: vec![[3, 4]] },
+            Given { page: 9, wanted: 7, given: 7, zeros: 2, write: true, data: vec![[3, 4], [5, 6]] },
             AskBlock { page: 512 },
-            GivenBlock { page: 512, data: None },
-            GivenBlock { page: 512, data: Some(BlockData::new(vec![[3, 4], [5, 6]])) },
+            GivenBlock { page: 512, content: BlockContent::Stays },
+            GivenBlock { page: 512, content: BlockContent::Zeros },
+            GivenBlock { page: 512, content: BlockContent::Pages(BlockData::new(vec![[3, 4], [5, 6]])) },
             Free { id: 5, first: 512, count: 1024 },
             Freed { id: 5 },
             Machine(b"anything".to_vec()),

@@ -32,7 +32,7 @@ mod whole;
 mod write_shared;
 
 pub use ahead::MOST_AHEAD;
-pub use block_data::{BlockData, BlockMemory};
+pub use block_data::{BlockContent, BlockData, BlockMemory};
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
@@ -63,4 +63,6 @@ pub enum Bug {
     EarlyForgotten,
     /// Home gives a block away of which another node reads a page.
     BlockDespiteReaders,
+    /// Home gives a page to who expects to write it, although another node reads it.
+    GivenDespiteReaders,
 }

@@ -23,7 +23,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::Bug;
-use super::block_data::BlockData;
+use super::block_data::{BlockContent, BlockData};
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::Memory;
 use super::message::{Message, NodeId};
@@ -107,8 +107,9 @@ impl<const W: usize> Engine<W> {
         self.blocks.len()
     }
 
-    /// Asks for the whole block from `first` on, if it has another home than this, no page of it can be written here,
-    /// some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`] come before it.
+    /// Asks for the whole block from `first` on, if it has another home than this, no page of it can be written here
+    /// or was asked for to be, some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`]
+    /// come before it.
     /// `out.not_given` says what won't come.
     pub(super) fn ask_block(&mut self, first: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let askable = self.block_from(first).is_some_and(|block| {
@@ -127,7 +128,9 @@ impl<const W: usize> Engine<W> {
     fn may_await(&self, block: &Range<u32>) -> bool {
         let home = self.geometry.home(block.start);
         let mut here = self.access[block.start as usize..block.end as usize].iter();
+        let to_write = self.ahead.range(block.clone()).any(|(_, asked)| asked.write);
         home != self.me
+            && !to_write
             && !self.gone.contains(home)
             && self.pending.range(block.clone()).next().is_none()
             && here.all(|access| matches!(access, Access::Invalid | Access::Shared))
@@ -154,11 +157,11 @@ impl<const W: usize> Engine<W> {
         let Some(block) = here else {
             return Err(ProtocolError { from, what: "an AskBlock for what is no block of this home", page: first });
         };
-        let data = match willing && self.can_spare_block(from, &block) {
-            true => Some(self.give_block(from, block, memory)),
-            false => None,
+        let content = match willing && self.can_spare_block(from, &block) {
+            true => self.give_block(from, block, memory),
+            false => BlockContent::Stays,
         };
-        self.send(from, Message::GivenBlock { page: first, data }, memory, out);
+        self.send(from, Message::GivenBlock { page: first, content }, memory, out);
         Ok(())
     }
 
@@ -171,27 +174,38 @@ impl<const W: usize> Engine<W> {
             let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
             alone && here && !directory.busy.contains_key(&page) && self.tables.level(page).is_none()
         };
-        !directory.write_shared.migrates(block.clone()) && block.clone().all(spare)
+        let untouched = directory.untouched(block.clone()).count();
+        // A block of which little was written is less by the page.
+        let worth = untouched == block.len() || 2 * untouched <= block.len();
+        worth && !directory.write_shared.migrates(block.clone()) && block.clone().all(|page| directory.is_untouched(page) || spare(page))
     }
 
     /// As home: the block is `to`'s.
-    fn give_block(&mut self, to: NodeId, block: Range<u32>, memory: &mut impl Memory<W>) -> BlockData<W> {
+    fn give_block(&mut self, to: NodeId, block: Range<u32>, memory: &mut impl Memory<W>) -> BlockContent<W> {
+        let untouched: Vec<u32> = self.directory.untouched(block.clone()).collect();
+        for page in block.clone() {
+            *self.directory.place(page) = Place::owned(to, NodeSet::new());
+        }
+        self.counters.blocks_out += 1;
+        if untouched.len() == block.len() {
+            return BlockContent::Zeros;
+        }
+        for page in untouched {
+            memory.install_zeros(page..page + 1);
+            self.access[page as usize] = Access::Exclusive;
+        }
         let early = (self.bug == Some(Bug::BlockBeforeFreeze))
             .then(|| BlockData::new(block.clone().map(|page| *memory.read(page)).collect::<Vec<_>>()));
         // Frozen first, as every page that leaves.
         let data = memory.take_out(block.clone());
-        for page in block.clone() {
-            *self.directory.place(page) = Place::owned(to, NodeSet::new());
-        }
         self.directory.write_shared.unmark_all(block.clone());
         self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
         let given: Vec<u32> = self.given.range(block.clone()).map(|(page, _)| *page).collect();
         for page in given {
             self.given.remove(&page);
         }
-        self.counters.blocks_out += 1;
-        self.counters.pages_out += u64::from(block.end - block.start);
-        early.unwrap_or(data)
+        self.counters.pages_out += block.len() as u64;
+        BlockContent::Pages(early.unwrap_or(data))
     }
 
     /// Home's answer: the block, or that it won't come.
@@ -199,7 +213,7 @@ impl<const W: usize> Engine<W> {
         &mut self,
         from: NodeId,
         first: u32,
-        data: Option<BlockData<W>>,
+        content: BlockContent<W>,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
@@ -208,16 +222,21 @@ impl<const W: usize> Engine<W> {
             return bad;
         }
         let (Some(awaited), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
-        let Some(data) = data else {
-            self.counters.blocks_refused += 1;
-            out.not_given.push(first);
-            // Somebody came for these meanwhile: now it is a fault like any other.
-            awaited.early.into_iter().try_for_each(|message| self.receive(from, message, memory, out))?;
-            awaited.waits.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
-            return Ok(());
+        let data = match content {
+            BlockContent::Stays => {
+                self.counters.blocks_refused += 1;
+                out.not_given.push(first);
+                // Somebody came for these meanwhile: now it is a fault like any other.
+                awaited.early.into_iter().try_for_each(|message| self.receive(from, message, memory, out))?;
+                awaited.waits.into_iter().for_each(|(page, write)| self.request(page, write, memory, out));
+                return Ok(());
+            }
+            BlockContent::Zeros => None,
+            BlockContent::Pages(data) => Some(data),
         };
+        let short = data.as_ref().is_some_and(|data| data.pages().len() != block.len());
         // What was asked for by the page before the block comes before it.
-        if data.pages().len() != block.len() || self.ahead.range(block.clone()).next().is_some() {
+        if short || self.ahead.range(block.clone()).next().is_some() {
             return bad;
         }
         let mut next = block.start;
@@ -228,10 +247,18 @@ impl<const W: usize> Engine<W> {
             }
             next = end + 1;
         }
-        memory.install_block(first, data);
+        match data {
+            Some(data) => {
+                memory.install_block(first, data);
+                self.counters.pages_in += block.len() as u64;
+            }
+            None => {
+                memory.install_zeros(block.clone());
+                self.counters.zero_neighbours += block.len() as u64;
+            }
+        }
         self.access[block.start as usize..block.end as usize].fill(Access::Exclusive);
         self.counters.blocks_in += 1;
-        self.counters.pages_in += block.len() as u64;
         out.completed.extend(block);
         awaited.early.into_iter().try_for_each(|message| self.receive(from, message, memory, out))
     }
@@ -266,7 +293,9 @@ mod tests {
         fn install(&mut self, page: u32, data: &PageData<1>, writable: bool) {
             self.0.push(format!("install {page} {data:?} {writable}"));
         }
-        fn install_zeros(&mut self, _: Range<u32>) {}
+        fn install_zeros(&mut self, pages: Range<u32>) {
+            self.0.push(format!("zeros {pages:?}"));
+        }
         fn discard(&mut self, page: u32) {
             self.0.push(format!("discard {page}"));
         }
@@ -310,11 +339,11 @@ mod tests {
     }
 
     fn given(page: u32, data: &[PageData<1>]) -> Message<1> {
-        Message::GivenBlock { page, data: Some(BlockData::new(data.to_vec())) }
+        Message::GivenBlock { page, content: BlockContent::Pages(BlockData::new(data.to_vec())) }
     }
 
     fn refused(page: u32) -> Message<1> {
-        Message::GivenBlock { page, data: None }
+        Message::GivenBlock { page, content: BlockContent::Stays }
     }
 
     fn get(page: u32, write: bool) -> Message<1> {
@@ -338,7 +367,6 @@ mod tests {
         let mut home = Node::new(0);
         home.hear(1, get(1, false)).unwrap();
         assert_eq!(home.hear(2, ask(0)), Ok(vec![(2, refused(0))]), "node 1 reads a page");
-        assert_eq!(home.hear(2, ask(6)), Ok(vec![(2, refused(6))]), "nobody wrote it");
         assert_eq!(home.step(Input::KeepBlock { to: 2, first: 2 }), Ok(vec![(2, refused(2))]));
         assert_eq!(home.0.counters().blocks_out, 0);
         for no_block in [3, 10, 12, 15] {
@@ -346,6 +374,34 @@ mod tests {
         }
         home.hear(2, ask(2)).unwrap();
         assert_eq!(home.hear(2, ask(2)), Ok(vec![(2, refused(2))]), "it is its own already");
+    }
+
+    #[test]
+    fn a_block_nobody_wrote_goes_without_data() {
+        let (mut home, mut writer) = (Node::new(0), Node::new(1));
+        assert_eq!(writer.step(Input::AheadBlock { first: 6 }), Ok(vec![(0, ask(6))]));
+        let zeros = Message::GivenBlock { page: 6, content: BlockContent::Zeros };
+        assert_eq!(home.hear(1, ask(6)), Ok(vec![(1, zeros.clone())]));
+        assert_eq!((&home.1.0[..], home.0.access(6)), (&[][..], Access::Invalid));
+        assert_eq!(writer.step(Input::Fault { page: 7, write: true }), Ok(vec![]));
+        assert_eq!(writer.hear(0, zeros), Ok(vec![]));
+        assert_eq!(writer.1.0, ["zeros 6..8"]);
+        assert_eq!((writer.0.access(7), writer.0.quiet(), writer.0.counters().pages_in), (Access::Exclusive, true, 0));
+        let sends = home.hear(2, get(7, false)).unwrap();
+        assert!(matches!(sends[..], [(1, Message::Fetch { page: 7, requester: 2, .. })]), "{sends:?}");
+    }
+
+    #[test]
+    fn a_block_half_of_which_was_written_goes_whole() {
+        let mut home = Node::new(0);
+        home.hear(1, get(6, true)).unwrap();
+        assert_eq!(home.hear(1, ask(6)), Ok(vec![(1, refused(6))]), "half of it is its own");
+        home.step(Input::Fault { page: 6, write: true }).unwrap();
+        let data = Message::Data { page: 6, write: true, acks: NodeSet::new(), done: true, migratory: false, data: Box::new([9]) };
+        home.hear(1, data).unwrap();
+        home.1.0.clear();
+        assert_eq!(home.hear(1, ask(6)), Ok(vec![(1, given(6, &[[6], [7]]))]), "the content is of this memory");
+        assert_eq!(home.1.0, ["zeros 7..8", "protect 6", "protect 7", "discard 6", "discard 7"]);
     }
 
     #[test]
@@ -380,7 +436,7 @@ mod tests {
         let mut reader = Node::new(1);
         assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
         assert_eq!(reader.step(Input::Fault { page: 3, write: true }), Ok(vec![]));
-        assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111 }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11 })]));
+        assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111, write: false }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11, write: false })]));
         assert_eq!(reader.step(Input::Prefetch { pages: 2..4, write: true }), Ok(vec![]));
         assert!(reader.0.is_pending(2) && !reader.0.is_pending(4) && !reader.0.quiet());
         assert_eq!((reader.0.asked_blocks(), reader.0.pending()), (1, 4));
@@ -423,7 +479,7 @@ mod tests {
     #[test]
     fn a_block_takes_the_place_of_copies_and_what_is_on_its_way_comes_before() {
         let (mut home, mut reader) = (Node::new(0), Node::new(1));
-        let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11 }).unwrap();
+        let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11, write: false }).unwrap();
         assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
         // Page 3 goes on being read by the page until the block is here, as far as anybody here knows.
         assert_eq!(reader.step(Input::Fault { page: 3, write: false }), Ok(vec![]));
@@ -442,7 +498,7 @@ mod tests {
     #[test]
     fn a_block_that_comes_before_what_was_asked_for_sooner_is_refused() {
         let mut reader = Node::new(1);
-        reader.step(Input::Ahead { first: 2, wanted: 1 }).unwrap();
+        reader.step(Input::Ahead { first: 2, wanted: 1, write: false }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
         assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Err("a GivenBlock nobody asked for"));
     }
@@ -450,10 +506,10 @@ mod tests {
     #[test]
     fn who_waits_for_a_page_not_given_waits_for_its_block() {
         let mut reader = Node::new(1);
-        reader.step(Input::Ahead { first: 2, wanted: 0b11 }).unwrap();
+        reader.step(Input::Ahead { first: 2, wanted: 0b11, write: false }).unwrap();
         reader.step(Input::Fault { page: 3, write: true }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
-        assert_eq!(reader.hear(0, Message::Given { page: 2, wanted: 0b11, given: 1, data: vec![[2]] }), Ok(vec![]));
+        assert_eq!(reader.hear(0, Message::Given { page: 2, wanted: 0b11, given: 1, zeros: 0, write: false, data: vec![[2]] }), Ok(vec![]));
         // The copy is taken back for somebody's write, for which home was busy when it was asked for the block.
         assert_eq!(reader.hear(0, Message::Invalidate { page: 2, requester: 2 }), Ok(vec![]));
         assert_eq!(reader.hear(0, refused(2)), Ok(vec![(2, Message::InvalidateAck { page: 2 }), (0, get(3, true))]));
@@ -474,10 +530,10 @@ mod tests {
         let mut reader = Node::new(1);
         reader.step(Input::Fault { page: 1, write: false }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
-        reader.step(Input::Ahead { first: 4, wanted: 1 }).unwrap();
-        reader.step(Input::Ahead { first: 5, wanted: 1 }).unwrap();
-        reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, data: vec![[4]] }).unwrap();
-        reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, data: vec![[5]] }).unwrap();
+        reader.step(Input::Ahead { first: 4, wanted: 1, write: false }).unwrap();
+        reader.step(Input::Ahead { first: 5, wanted: 1, write: false }).unwrap();
+        reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[4]] }).unwrap();
+        reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[5]] }).unwrap();
         // A page under way, all of it here, the block itself under way, no block, two homes, its own, beyond the end.
         for first in [0, 4, 2, 3, 10, 12, 16, u32::MAX] {
             assert_eq!(reader.step(Input::AheadBlock { first }), Ok(vec![]), "{first}");

@@ -99,6 +99,7 @@ fn planted_bugs_are_found() {
         (Bug::BlockBeforeFreeze, false),
         (Bug::EarlyForgotten, false),
         (Bug::BlockDespiteReaders, false),
+        (Bug::GivenDespiteReaders, false),
     ];
     for (bug, losses) in bugs {
         let found = (0..RUNS).find_map(|seed| {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::ops::Range;
 
 use fastrand::Rng;
-use krg_dsm::protocol::{Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData};
+use krg_dsm::protocol::{BlockContent, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData};
 
 /// Words a page.
 pub const W: usize = 2;
@@ -64,6 +64,7 @@ enum Op {
     Store(u32, usize),
     Prefetch(u32, u32, bool),
     Evict(u32),
+    Ahead(u32, u64, bool),
     Block(u32),
     Send(usize),
 }
@@ -361,6 +362,7 @@ impl World {
         match self.rng.u8(..100) {
             kind if kind < self.plan.stores => Op::Store(page, word),
             92..96 => Op::Evict(page),
+            82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), self.rng.bool()),
             86..92 => Op::Block(page - page % self.plan.zero_block),
             96..98 => {
                 let end = (page + self.rng.u32(1..5)).min(self.plan.pages * self.plan.nodes as u32);
@@ -399,6 +401,10 @@ impl World {
             }
             Op::Evict(page) => {
                 self.step(node, Input::Evict(vec![page]));
+                Ok(())
+            }
+            Op::Ahead(first, wanted, write) => {
+                self.step(node, Input::Ahead { first, wanted, write });
                 Ok(())
             }
             Op::Block(first) => {
@@ -501,7 +507,7 @@ impl World {
         }
         // Mostly near, now and then late.
         let delay = if self.rng.u8(..16) == 0 { self.rng.u64(5..1000) } else { self.rng.u64(5..80) };
-        let is_block = matches!(message, Message::GivenBlock { data: Some(_), .. });
+        let is_block = matches!(message, Message::GivenBlock { content: BlockContent::Pages(_), .. });
         let last = |block: bool| self.channels.get(&(from, to, block)).copied().unwrap_or_default();
         let when = (self.now + delay).max(last(false)).max(if is_block { last(true) } else { 0 });
         self.channels.insert((from, to, is_block), when);

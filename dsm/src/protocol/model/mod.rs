@@ -1,6 +1,7 @@
 //! Exhaustive search over every order of messages, guest operations, and guest operations in the
 //! middle of an engine's step, on the very code that ships.
 
+mod ahead;
 mod losses;
 mod scenarios;
 mod world;

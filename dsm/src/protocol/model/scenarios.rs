@@ -35,7 +35,7 @@ pub(super) fn require(ok: bool, what: impl Fn() -> String) -> Result<(), String>
     if ok { Ok(()) } else { Err(what()) }
 }
 
-fn results(world: &World) -> Vec<Vec<u64>> {
+pub(super) fn results(world: &World) -> Vec<Vec<u64>> {
     world.cpus.iter().map(|c| c.results.clone()).collect()
 }
 
@@ -192,38 +192,6 @@ fn giving_up_a_page_in_use_stops_nobody() {
             ],
         );
         holds("given up in use", world, 0, |w| require(w.value(X, 0) <= 2, || "more than was counted".into()));
-    }
-}
-
-#[test]
-fn pages_asked_for_ahead_are_as_coherent() {
-    for homes in [&[0, 2][..], &[2, 0], &[1, 1]] {
-        let world = data(
-            homes,
-            vec![
-                Cpu::new(0, &[Store(X, 0, 1), Ahead(X, 0b11), Load(Y, 0), Store(Y, 1, 1)]),
-                Cpu::new(1, &[Store(Y, 0, 1), Ahead(X, 0b11), Load(X, 0), Store(X, 1, 1)]),
-            ],
-        );
-        holds("asked ahead", world, 1, |w| {
-            require(results(w) != [[0], [0]], || "both loads missed both stores".into())?;
-            require(w.value(X, 0) == 1 && w.value(X, 1) == 1 && w.value(Y, 0) == 1 && w.value(Y, 1) == 1, || "a store is lost".into())
-        });
-    }
-}
-
-#[test]
-fn pages_asked_for_ahead_pass_messages_in_order() {
-    for homes in [&[2, 0, 0][..], &[0, 2, 0], &[0, 0, 2]] {
-        let world = data(
-            homes,
-            vec![
-                Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]),
-                Cpu::new(1, &[Ahead(X, 0b11), Wait(Y, 0, 1), Load(X, 0)]),
-                Cpu::new(2, &[Ahead(X, 0b11), Load(Y, 0)]),
-            ],
-        );
-        holds("asked ahead, message passing", world, 0, |w| require(w.cpus[1].results[0] == 1, || "flag seen, data not".into()));
     }
 }
 

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::{Deref, Range};
 use std::rc::Rc;
 
-use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
+use super::super::{Access, BlockContent, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
 
 /// Words a page: two in the user half of a root, two in the kernel half.
 pub const W: usize = 4;
@@ -29,8 +29,10 @@ pub enum Op {
     Prefetch(u32, u32, bool),
     /// Its node has no room for a page.
     Evict(u32),
-    /// Asks for pages ahead of need: the first, and which from there on.
+    /// Asks for pages ahead of need, to read: the first, and which from there on.
     Ahead(u32, u64),
+    /// The same, to write.
+    AheadToWrite(u32, u64),
     /// Asks for a whole block ahead of need.
     AheadBlock(u32),
     /// Gives a page up; the CPU is interrupted when that is done.
@@ -116,7 +118,7 @@ enum Tried {
     Interrupt(usize),
     Prefetch(u32, u32, bool),
     Evict(u32),
-    Ahead(u32, u64),
+    Ahead(u32, u64, bool),
     AheadBlock(u32),
     Free(u32),
     Waiting,
@@ -285,7 +287,8 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                     return Ok(false);
                 }
             }
-            Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted)),
+            Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted, false)),
+            Op::AheadToWrite(first, wanted) => return Err(Tried::Ahead(first, wanted, true)),
             Op::AheadBlock(first) => return Err(Tried::AheadBlock(first)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
@@ -451,9 +454,9 @@ impl World {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Evict(vec![page]), intrusion)
                     }
-                    Tried::Ahead(first, wanted) => {
+                    Tried::Ahead(first, wanted, write) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::Ahead { first, wanted }, intrusion)
+                        self.step(node, Input::Ahead { first, wanted, write }, intrusion)
                     }
                     Tried::AheadBlock(first) => {
                         self.cpus[c].at += 1;
@@ -516,7 +519,7 @@ impl World {
             if self.lost != Some(usize::from(to)) {
                 let channel = &mut self.channels[node][usize::from(to)];
                 match message {
-                    Message::GivenBlock { data: Some(_), .. } => self.blocks[node][usize::from(to)].push_back((channel.len(), message)),
+                    Message::GivenBlock { content: BlockContent::Pages(_), .. } => self.blocks[node][usize::from(to)].push_back((channel.len(), message)),
                     _ => channel.push_back(message),
                 }
             }
