@@ -1,4 +1,4 @@
-//! Bandwidth of reading another node's memory.
+//! Bandwidth of reading and writing another node's memory.
 
 use super::Bench;
 use super::figures::Times;
@@ -76,7 +76,7 @@ impl Scan {
         self.moved.add(self.job.count, bench.took(self.job)?);
         let after = bench.counters();
         bench.node.dsm.read_ahead(true);
-        self.faults += after.read_faults - before.read_faults;
+        self.faults += after.read_faults + after.write_faults - before.read_faults - before.write_faults;
         self.blocks += after.blocks_in - before.blocks_in;
         Ok(())
     }
@@ -110,6 +110,68 @@ fn beside_a_stream(bench: &mut Bench) -> anyhow::Result<()> {
     figures.section("Read misses of one vCPU while another reads 128 MiB; the floor is the same without it");
     figures.times("read miss beside a stream", &beside, Some(alone.three()));
     figures.plain("the stream", moved.rate(), "MB/s");
+    Ok(())
+}
+
+/// One way of writing pages of which the guest has no use before.
+struct Fresh {
+    name: &'static str,
+    base: u64,
+    ahead: bool,
+    moved: Moved,
+    faults: u64,
+    bytes: u64,
+}
+
+impl Fresh {
+    fn new(name: &'static str, base: u64, ahead: bool) -> Self {
+        Fresh { name, base, ahead, moved: Moved::default(), faults: 0, bytes: 0 }
+    }
+
+    fn run(&mut self, bench: &mut Bench) -> anyhow::Result<()> {
+        bench.node.dsm.free(self.base, PAGES * 4096);
+        bench.node.dsm.read_ahead(self.ahead);
+        let (before, bytes) = (bench.counters(), bench.node.dsm.traffic(1).total().bytes_in);
+        self.moved.add(PAGES, bench.took(Job::forward(Touch::Fill, self.base, PAGES))?);
+        bench.node.dsm.read_ahead(true);
+        self.faults += bench.counters().write_faults - before.write_faults;
+        self.bytes += bench.node.dsm.traffic(1).total().bytes_in - bytes;
+        Ok(())
+    }
+}
+
+/// Writing to memory of the other node.
+fn measure_writes(bench: &mut Bench) -> anyhow::Result<()> {
+    let fill = |name, ahead| Scan { job: Job::forward(Touch::Fill, BASE, PAGES), ..Scan::new(name, PAGES, 1, ahead) };
+    let mut scans = [fill("written by the other before", true), fill("written by the other before, no prefetch", false)];
+    let mut fresh = [
+        Fresh::new("never written", BASE, true),
+        Fresh::new("never written, no prefetch", BASE, false),
+        Fresh::new("the node's own, never written", ARENA, true),
+    ];
+    let rounds = bench.rounds.div_ceil(2);
+    for _ in 0..rounds {
+        scans.iter_mut().try_for_each(|scan| scan.run(bench))?;
+        fresh.iter_mut().try_for_each(|fresh| fresh.run(bench))?;
+    }
+    let figures = &bench.figures;
+    let transport = bench.transport.name();
+    figures.section(&format!("Writing to the other node's memory in order; the floor is as much memory by {transport}, or of the node's own"));
+    let pages = (rounds * PAGES) as f64;
+    for Scan { name, moved, bare, faults, blocks, .. } in &scans {
+        figures.floor(name, moved.rate(), "MB/s", bare.rate());
+        figures.plain(&format!("{name}, faults"), *faults as f64 / pages, "a page");
+        figures.plain(&format!("{name}, in whole blocks"), *blocks as f64 * 512.0 / pages, "of the pages");
+    }
+    let own = fresh[2].moved.rate();
+    for Fresh { name, base, moved, faults, bytes, .. } in &fresh {
+        match *base {
+            BASE => figures.floor(name, moved.rate(), "MB/s", own),
+            _ => figures.plain(name, moved.rate(), "MB/s"),
+        }
+        figures.plain(&format!("{name}, faults"), *faults as f64 / pages, "a page");
+        figures.plain(&format!("{name}, bytes received"), *bytes as f64 / pages, "a page");
+    }
     Ok(())
 }
 
@@ -148,6 +210,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.plain("of those not given", counters.prefetches_refused as f64, "pages");
     figures.plain("of those used", accuracy.used as f64, "pages");
     figures.plain("of those wasted", accuracy.wasted as f64, "pages");
+    measure_writes(bench)?;
     match bench.vcpus {
         1 => Ok(()),
         _ => beside_a_stream(bench),
