@@ -34,6 +34,7 @@ pub struct LendingCounters {
 #[derive(Clone, Copy, Debug, Default)]
 struct Lent {
     at: u64,
+    to: usize,
     /// Somebody has wanted a page of it since.
     back: bool,
     times: u8,
@@ -48,22 +49,26 @@ pub struct Lending {
 }
 
 impl Lending {
-    /// The block was given whole at `now` (us).
-    pub fn given(&mut self, block: u32, now: u64) {
+    /// The block was given whole to node `to` at `now` (us).
+    pub fn given(&mut self, block: u32, to: usize, now: u64) {
         self.counters.given += 1;
         if self.blocks.len() >= MOST && !self.blocks.contains_key(&block) {
             let oldest = self.blocks.iter().min_by_key(|(_, lent)| lent.at).map(|(block, _)| *block);
             oldest.map(|block| self.blocks.remove(&block));
         }
         let lent = self.blocks.entry(block).or_default();
-        (lent.at, lent.back) = (now, false);
+        (lent.at, lent.to, lent.back) = (now, to, false);
     }
 
-    /// Somebody wants a page of the block that who has it must give up or share.
-    pub fn wanted(&mut self, block: u32, write: bool, now: u64) {
+    /// Node `by` wants a page of the block that who has it must give up or share.
+    pub fn wanted(&mut self, block: u32, by: usize, write: bool, now: u64) {
         let Some(lent) = self.blocks.get_mut(&block).filter(|lent| !lent.back) else { return };
         lent.back = true;
         self.counters.wanted_back += 1;
+        // Who had it has it no more: that somebody wanted it was not seen here, and how soon is not known.
+        if by == lent.to {
+            return;
+        }
         if now.saturating_sub(lent.at) >= if write { WRITE_SOON } else { READ_SOON } {
             lent.times = 0;
             return;
@@ -96,20 +101,20 @@ mod tests {
         let mut now = 1_000_000_000;
         for stay in [1, 2, 4, 8, 16, 32, 64, 64].map(|times| times * STAY) {
             assert!(!lending.keeps(7, now));
-            lending.given(7, now);
-            lending.wanted(7, false, now + READ_SOON - 1);
+            lending.given(7, 2, now);
+            lending.wanted(7, 0, false, now + READ_SOON - 1);
             // Only the first tells how soon it was.
-            lending.wanted(7, true, now + READ_SOON - 1);
+            lending.wanted(7, 0, true, now + READ_SOON - 1);
             now += READ_SOON - 1;
             assert!(lending.keeps(7, now + stay - 1) && !lending.keeps(8, now));
             now += stay;
         }
         assert!(!lending.keeps(7, now));
-        lending.given(7, now);
-        lending.wanted(7, false, now + READ_SOON);
+        lending.given(7, 2, now);
+        lending.wanted(7, 0, false, now + READ_SOON);
         assert!(!lending.keeps(7, now + READ_SOON));
-        lending.given(7, now);
-        lending.wanted(7, false, now + 1);
+        lending.given(7, 2, now);
+        lending.wanted(7, 0, false, now + 1);
         assert!(lending.keeps(7, now + STAY) && !lending.keeps(7, now + 1 + STAY), "forgiven");
         let expected = LendingCounters { given: 10, wanted_back: 10, contested: 9, kept: 9 };
         assert_eq!(lending.counters(), expected);
@@ -118,20 +123,33 @@ mod tests {
     #[test]
     fn a_write_may_come_sooner_than_a_read() {
         let mut lending = Lending::default();
-        lending.given(1, 0);
-        lending.wanted(1, true, WRITE_SOON);
+        lending.given(1, 2, 0);
+        lending.wanted(1, 0, true, WRITE_SOON);
         assert!(!lending.keeps(1, WRITE_SOON));
-        lending.given(1, WRITE_SOON);
-        lending.wanted(1, true, 2 * WRITE_SOON - 1);
+        lending.given(1, 2, WRITE_SOON);
+        lending.wanted(1, 0, true, 2 * WRITE_SOON - 1);
         assert!(lending.keeps(1, 2 * WRITE_SOON));
+    }
+
+    #[test]
+    fn who_has_a_block_and_asks_for_a_page_of_it_says_nothing_of_the_others() {
+        let mut lending = Lending::default();
+        lending.given(1, 2, 0);
+        lending.wanted(1, 2, false, 1);
+        lending.wanted(1, 0, false, 2);
+        assert!(!lending.keeps(1, 3));
+        lending.given(1, 2, 4);
+        lending.wanted(1, 3, false, 5);
+        assert!(lending.keeps(1, 6));
+        assert_eq!(lending.counters(), LendingCounters { given: 2, wanted_back: 2, contested: 1, kept: 1 });
     }
 
     #[test]
     fn few_are_remembered() {
         let mut lending = Lending::default();
         for block in 0..2 * MOST as u32 {
-            lending.given(block, u64::from(block));
-            lending.wanted(block, false, u64::from(block));
+            lending.given(block, 2, u64::from(block));
+            lending.wanted(block, 0, false, u64::from(block));
         }
         assert_eq!(lending.blocks.len(), MOST);
         assert!(!lending.keeps(0, 0) && lending.keeps(2 * MOST as u32 - 1, 0));

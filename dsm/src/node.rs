@@ -471,11 +471,10 @@ impl Dsm {
             }
         }
         let came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
-        match &input {
-            Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } => asks.whole(*page),
-            _ => {}
+        if let Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } = &input {
+            asks.whole(*page);
         }
-        let lent = lend(lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
+        let lent = lend(self.me, lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -486,14 +485,14 @@ impl Dsm {
         self.transmit(out, encoded);
         out.not_given.drain(..).for_each(|first| asks.not_whole(first));
         if let Some((block, _)) = lent.filter(|(_, before)| engine.counters().blocks_out > *before) {
-            lending.given(block, nanos(*begun) / 1000);
+            lending.given(block, from, nanos(*begun) / 1000);
         }
         let waits = faulted.is_some_and(|(page, ..)| engine.is_pending(page));
         if let Some((page, write, since)) = faulted {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
                 stalls.fault(page, thread, since);
-                lending.wanted(page / BLOCK_PAGES, write, since / 1000);
+                lending.wanted(page / BLOCK_PAGES, self.me, write, since / 1000);
                 contention.fault(page, thread);
             }
         }
@@ -610,11 +609,14 @@ fn nanos(begun: Instant) -> u64 {
 }
 
 /// What the protocol is to know of a block asked for whole, or a page asked for: its block, if that was asked for.
-fn lend(lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<u32> {
+fn lend(me: usize, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<u32> {
+    if let Input::Ahead { first, write, .. } = *input {
+        lending.wanted(first / BLOCK_PAGES, me, write, now);
+    }
     let Input::Message { from, message } = input else { return None };
     match *message {
         Message::Get { page, write, .. } => {
-            lending.wanted(page / BLOCK_PAGES, write, now);
+            lending.wanted(page / BLOCK_PAGES, usize::from(*from), write, now);
             None
         }
         Message::AskBlock { page } => {
