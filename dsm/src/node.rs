@@ -24,7 +24,7 @@ use crate::contention::{Contention, FetchedPage, HotPage};
 use crate::lending::{Lending, LendingCounters};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
-use crate::protocol::{Access, BlockContent, Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::protocol::{Access, BlockContent, Bug, Counters, Engine, Geometry, Input, Intent, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::stalls::{Part, Stalls, ThreadStalls, Waited};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
@@ -610,8 +610,8 @@ fn nanos(begun: Instant) -> u64 {
 
 /// What the protocol is to know of a block asked for whole, or a page asked for: its block, if that was asked for.
 fn lend(me: usize, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<u32> {
-    if let Input::Ahead { first, write, .. } = *input {
-        lending.wanted(first / BLOCK_PAGES, me, write, now);
+    if let Input::Ahead { first, intent, .. } = *input {
+        lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now);
     }
     let Input::Message { from, message } = input else { return None };
     match *message {

@@ -136,6 +136,8 @@ pub struct Wanted {
     pub pages: Vec<u32>,
     /// First pages of whole blocks. They come behind the pages.
     pub blocks: Vec<u32>,
+    /// The stream has come far already.
+    pub far: bool,
 }
 
 /// Streams of one node's threads.
@@ -169,6 +171,7 @@ impl Predictor {
         stream.run = stream.run.saturating_add(steps);
         stream.ahead = stream.ahead.saturating_sub(steps);
         stream.at = self.faults;
+        wanted.far = stream.run >= LONG;
         if whole {
             stream.by_blocks = true;
             let mut least = 2 * block;

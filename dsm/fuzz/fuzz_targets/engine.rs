@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use krg_dsm::protocol::{Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData};
+use krg_dsm::protocol::{Engine, Geometry, Input, Intent, Memory, Message, NodeId, Output, PageData};
 use libfuzzer_sys::fuzz_target;
 
 /// Words a page: two in the user half of a root, two in the kernel half.
@@ -100,7 +100,7 @@ fuzz_target!(|data: &[u8]| {
                         Input::Free { id: requests, pages }
                     }
                     Some(3) => Input::AheadBlock { first: page },
-                    Some(5) => Input::Ahead { first: page, wanted: 0b111, write: kind & 8 != 0 },
+                    Some(5) => Input::Ahead { first: page, wanted: 0b111, intent: if kind & 8 != 0 { Intent::Write } else { Intent::Read } },
                     Some(4) => Input::KeepBlock { to: (me + 1) % NODES as NodeId, first: page },
                     _ => Input::Prefetch { pages, write: kind & 8 != 0 },
                 }

@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 use super::{BLOCK, Dsm, DsmError, State};
 use crate::memory::{BLOCK_BYTES, BLOCK_PAGES, Landing, PAGE_WORDS};
 use crate::prefetch::Predictor;
-use crate::protocol::{BlockContent, BlockData, Input, MOST_AHEAD, Malformed, Message, NodeId};
+use crate::protocol::{BlockContent, BlockData, Input, Intent, MOST_AHEAD, Malformed, Message, NodeId};
 use crate::transport::Body;
 
 /// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
@@ -70,8 +70,8 @@ impl Arrivals {
 /// What streams have still to ask for. Blocks go behind pages, which somebody comes to sooner.
 #[derive(Debug, Default)]
 pub(super) struct Asks {
-    /// The first page, a bit for each, and whether to write.
-    pages: VecDeque<(u32, u64, bool)>,
+    /// The first page, a bit for each, and what for.
+    pages: VecDeque<(u32, u64, Intent)>,
     /// The first page of each, and whether to write.
     blocks: VecDeque<(u32, bool)>,
     /// Blocks asked for by streams that write.
@@ -86,9 +86,9 @@ impl Asks {
 
     /// A block by the page instead of whole, before all else.
     pub(super) fn not_whole(&mut self, first: u32) {
-        let write = self.writing.remove(&first);
+        let intent = if self.writing.remove(&first) { Intent::Write } else { Intent::Read };
         for offset in (0..BLOCK_PAGES).step_by(AHEAD_AT_ONCE).rev() {
-            self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1, write));
+            self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1, intent));
         }
     }
 
@@ -108,8 +108,8 @@ impl Asks {
     /// What to ask for next, with so many pages and blocks under way.
     fn next(&mut self, pages: usize, blocks: usize) -> Option<Input<PAGE_WORDS>> {
         if pages + AHEAD_AT_ONCE <= AHEAD_UNDER_WAY {
-            if let Some((first, wanted, write)) = self.pages.pop_front() {
-                return Some(Input::Ahead { first, wanted, write });
+            if let Some((first, wanted, intent)) = self.pages.pop_front() {
+                return Some(Input::Ahead { first, wanted, intent });
             }
         }
         let next = if self.pages.is_empty() && blocks < BLOCKS_UNDER_WAY { self.blocks.pop_front() } else { None };
@@ -151,13 +151,18 @@ impl Dsm {
         if let Some(state) = self.lock().as_mut() {
             let (room, block) = state.may_ask(page);
             let mut wanted = state.predictor(write).fault(thread, page, room, block);
+            let intent = match (write, wanted.far) {
+                (false, _) => Intent::Read,
+                (true, false) => Intent::WriteUntouched,
+                (true, true) => Intent::Write,
+            };
             // Streams go either way.
             wanted.pages.sort_unstable();
             let mut rest = &wanted.pages[..];
             while let Some(&first) = rest.first() {
                 let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
                 let bits = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
-                state.asks.pages.push_back((first, bits, write));
+                state.asks.pages.push_back((first, bits, intent));
                 rest = &rest[some..];
             }
             state.asks.blocks.extend(wanted.blocks.into_iter().map(|first| (first, write)));

@@ -6,8 +6,8 @@
 //! given is given as to a reader whose request home answers itself, so nobody says Done: whatever home sends
 //! next about the page comes behind it. It is migratory no longer.
 //!
-//! A node that expects to write them is given those that home alone has, as it would be on a write request, and
-//! those that nobody wrote, without data; all of them are its own.
+//! A node that expects to write them is given those that nobody wrote, without data, and, if it is sure enough to
+//! ask for them, those that home alone has, as it would be on a write request; all of them are its own.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::{Memory, PageData};
-use super::message::{Message, NodeId};
+use super::message::{Intent, Message, NodeId};
 use super::node_set::NodeSet;
 use super::place::Place;
 use super::Bug;
@@ -51,9 +51,9 @@ pub(super) struct Asked {
 }
 
 impl<const W: usize> Engine<W> {
-    /// As for pages somebody is going to read, or to write: asks for those of `wanted`, from page `first` on, that
+    /// As for pages somebody is going to use: asks for those of `wanted`, from page `first` on, that
     /// are not here nor under way and have the same home as the first.
-    pub(super) fn ask_ahead(&mut self, first: u32, wanted: u64, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    pub(super) fn ask_ahead(&mut self, first: u32, wanted: u64, intent: Intent, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         if first >= self.geometry.pages() {
             return;
         }
@@ -62,7 +62,12 @@ impl<const W: usize> Engine<W> {
             return;
         }
         if home == self.me {
-            return self.fetch_ahead(first, wanted, write, memory, out);
+            return match intent {
+                // At home these come along with their neighbours.
+                Intent::WriteUntouched => {}
+                Intent::Read => self.fetch_ahead(first, wanted, false, memory, out),
+                Intent::Write => self.fetch_ahead(first, wanted, true, memory, out),
+            };
         }
         let mut asked: u64 = 0;
         for n in 0..MOST_AHEAD.min(self.geometry.pages() - first) {
@@ -75,12 +80,12 @@ impl<const W: usize> Engine<W> {
                 && !self.is_block_asked(page);
             if fits {
                 asked |= 1 << n;
-                self.ahead.insert(page, Asked { write, waits: None });
+                self.ahead.insert(page, Asked { write: intent != Intent::Read, waits: None });
             }
         }
         if asked != 0 {
             self.counters.prefetches += u64::from(asked.count_ones());
-            self.send(home, Message::Ask { page: first, wanted: asked, write }, memory, out);
+            self.send(home, Message::Ask { page: first, wanted: asked, intent }, memory, out);
         }
     }
 
@@ -111,10 +116,11 @@ impl<const W: usize> Engine<W> {
         from: NodeId,
         first: u32,
         wanted: u64,
-        write: bool,
+        intent: Intent,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
+        let write = intent != Intent::Read;
         let (mut held, mut zeros) = (0, 0);
         for page in pages(first, wanted) {
             if page >= self.geometry.pages() || self.geometry.home(page) != self.me {
@@ -123,7 +129,7 @@ impl<const W: usize> Engine<W> {
             let bit = 1 << (page - first);
             if write && self.directory.is_untouched(page) {
                 zeros |= bit;
-            } else if self.spare(from, page, write)? {
+            } else if self.spare(from, page, write)? && intent != Intent::WriteUntouched {
                 held |= bit;
             }
         }
@@ -302,13 +308,13 @@ mod tests {
     #[test]
     fn home_gives_what_it_owns_by_the_run_and_refuses_the_rest() {
         let mut home = node(0);
-        let answer = step(&mut home, from(1, Message::Ask { page: 4, wanted: 0b11_1011, write: false })).unwrap();
+        let answer = step(&mut home, from(1, Message::Ask { page: 4, wanted: 0b11_1011, intent: Intent::Read })).unwrap();
         let data = vec![[4], [5], [7]];
         assert_eq!(answer, [Message::Given { page: 4, wanted: 0b11_1011, given: 0b1011, zeros: 0, write: false, data }], "8 and 9 nobody wrote");
         assert_eq!(home.1.0, ["protect 4..6", "protect 7..8"]);
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 4, wanted: 1, write: false })), Err("an Ask for a page it has"));
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 9, wanted: 2, write: false })), Err("an Ask for a page of another home"));
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 11, wanted: 1 << 63, write: false })), Err("an Ask for a page of another home"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 4, wanted: 1, intent: Intent::Read })), Err("an Ask for a page it has"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 9, wanted: 2, intent: Intent::Read })), Err("an Ask for a page of another home"));
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 11, wanted: 1 << 63, intent: Intent::Read })), Err("an Ask for a page of another home"));
     }
 
     #[test]
@@ -317,8 +323,8 @@ mod tests {
         step(&mut home, from(1, Message::Get { page: 2, write: false, table: false })).unwrap();
         home.1.0.clear();
         writer.0.access[2] = Access::Shared;
-        let asked = step(&mut writer, Input::Ahead { first: 1, wanted: 0x1ff, write: true }).unwrap();
-        assert_eq!(asked, [Message::Ask { page: 1, wanted: 0x1fd, write: true }]);
+        let asked = step(&mut writer, Input::Ahead { first: 1, wanted: 0x1ff, intent: Intent::Write }).unwrap();
+        assert_eq!(asked, [Message::Ask { page: 1, wanted: 0x1fd, intent: Intent::Write }]);
         let answer = step(&mut home, from(1, asked[0].clone())).unwrap();
         let data = (1..8).filter(|page| *page != 2).map(|page| [page]).collect();
         assert_eq!(answer, [Message::Given { page: 1, wanted: 0x1fd, given: 0x1fd, zeros: 0x180, write: true, data }]);
@@ -338,19 +344,27 @@ mod tests {
         let geometry = Geometry::new(&[(0, 4)], &[4, 0, 0]);
         let mut home = (Engine::new(0, geometry, std::slice::from_ref(&(0..4)), 0..0, false), Noted::default());
         step(&mut home, from(2, Message::Get { page: 1, write: false, table: false })).unwrap();
-        let answer = step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, write: true })).unwrap();
+        let answer = step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, intent: Intent::Write })).unwrap();
         assert_eq!(answer, [Message::Given { page: 0, wanted: 0b11, given: 0b01, zeros: 0, write: true, data: vec![[0]] }]);
+    }
+
+    #[test]
+    fn who_may_write_is_given_what_nobody_wrote() {
+        let mut home = node(0);
+        let answer = step(&mut home, from(1, Message::Ask { page: 6, wanted: 0b1111, intent: Intent::WriteUntouched })).unwrap();
+        assert_eq!(answer, [Message::Given { page: 6, wanted: 0b1111, given: 0b1100, zeros: 0b1100, write: true, data: vec![] }]);
+        assert_eq!((&home.1.0[..], home.0.access(6)), (&[][..], Access::Exclusive));
     }
 
     #[test]
     fn a_page_taken_back_for_writing_is_refused() {
         let mut home = node(0);
-        step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, write: false })).unwrap();
+        step(&mut home, from(1, Message::Ask { page: 0, wanted: 0b11, intent: Intent::Read })).unwrap();
         assert_eq!(step(&mut home, Input::Fault { page: 0, write: true }).unwrap(), [Message::Invalidate { page: 0, requester: 0 }]);
         let refused = [Message::Given { page: 0, wanted: 1, given: 0, zeros: 0, write: false, data: vec![] }];
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, write: false })).unwrap(), refused, "it is busy");
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, intent: Intent::Read })).unwrap(), refused, "it is busy");
         step(&mut home, from(1, Message::InvalidateAck { page: 0 })).unwrap();
-        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, write: false })).unwrap(), refused, "its owner writes it");
+        assert_eq!(step(&mut home, from(1, Message::Ask { page: 0, wanted: 1, intent: Intent::Read })).unwrap(), refused, "its owner writes it");
         let get = Message::Get { page: 0, write: false, table: false };
         assert!(matches!(step(&mut home, from(1, get)).unwrap()[..], [Message::Data { page: 0, write: false, .. }]), "who needs it gets it");
     }
@@ -358,9 +372,9 @@ mod tests {
     #[test]
     fn what_comes_is_installed_by_the_run_and_who_came_for_the_rest_asks_again() {
         let mut reader = node(1);
-        let asked = step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, write: false }).unwrap();
-        assert_eq!(asked, [Message::Ask { page: 2, wanted: 0xff, write: false }], "to the end of what this home has");
-        assert_eq!(step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, write: false }).unwrap(), [], "it is under way");
+        let asked = step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, intent: Intent::Read }).unwrap();
+        assert_eq!(asked, [Message::Ask { page: 2, wanted: 0xff, intent: Intent::Read }], "to the end of what this home has");
+        assert_eq!(step(&mut reader, Input::Ahead { first: 2, wanted: u64::MAX, intent: Intent::Read }).unwrap(), [], "it is under way");
         assert_eq!(step(&mut reader, Input::Fault { page: 5, write: false }).unwrap(), []);
         assert!(reader.0.is_pending(5) && !reader.0.quiet());
         let given = |given, data| Message::Given { page: 2, wanted: 0xff, given, zeros: 0, write: false, data };
@@ -376,11 +390,11 @@ mod tests {
     #[test]
     fn a_lost_home_ends_what_was_asked_for() {
         let mut reader = node(1);
-        step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, write: false }).unwrap();
+        step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, intent: Intent::Read }).unwrap();
         step(&mut reader, Input::Fault { page: 1, write: false }).unwrap();
         let mut out = Output::default();
         reader.0.step(Input::Lost(0), &mut reader.1, &mut out).unwrap();
         assert_eq!((out.failed, reader.0.quiet()), (vec![1], true));
-        assert_eq!(step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, write: false }).unwrap(), []);
+        assert_eq!(step(&mut reader, Input::Ahead { first: 0, wanted: 0b111, intent: Intent::Read }).unwrap(), []);
     }
 }

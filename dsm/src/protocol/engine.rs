@@ -10,7 +10,7 @@ use super::directory::{Directory, Request};
 use super::fence::Fence;
 use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
-use super::message::{Change, Message, NodeId};
+use super::message::{Change, Intent, Message, NodeId};
 use super::node_set::NodeSet;
 use super::tables::Tables;
 use super::whole::Awaited;
@@ -65,8 +65,8 @@ pub enum Input<const W: usize> {
     Fault { page: u32, write: bool },
     /// Somebody here is about to touch pages that may not allow it.
     Prefetch { pages: Range<u32>, write: bool },
-    /// Somebody here is expected to read pages soon, or to `write` them: bit n is the nth from `first` on.
-    Ahead { first: u32, wanted: u64, write: bool },
+    /// Somebody here is expected to use pages soon: bit n is the nth from `first` on.
+    Ahead { first: u32, wanted: u64, intent: Intent },
     /// Somebody here is expected to read, or write, all of the block from `first` on, and more.
     AheadBlock { first: u32 },
     /// [`Message::AskBlock`] arrived from `to`, and this node has reasons to keep the block.
@@ -330,7 +330,7 @@ impl<const W: usize> Engine<W> {
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
-            Input::Ahead { first, wanted, write } => self.ask_ahead(first, wanted, write, memory, out),
+            Input::Ahead { first, wanted, intent } => self.ask_ahead(first, wanted, intent, memory, out),
             Input::AheadBlock { first } => self.ask_block(first, memory, out),
             Input::KeepBlock { to, .. } if self.gone.contains(to) => {}
             Input::KeepBlock { to, first } => self.home_ask_block(to, first, false, memory, out)?,
@@ -575,7 +575,7 @@ impl<const W: usize> Engine<W> {
                 self.pending.remove(&page);
                 self.fail(page, out);
             }
-            Message::Ask { page, wanted, write } => self.home_ask(from, page, wanted, write, memory, out)?,
+            Message::Ask { page, wanted, intent } => self.home_ask(from, page, wanted, intent, memory, out)?,
             Message::Given { page, wanted, given, zeros, write, data } => {
                 let given = GivenPages { wanted, given, zeros, write, data: &data };
                 self.given_ahead(from, page, given, memory, out)?;

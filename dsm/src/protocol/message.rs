@@ -29,6 +29,17 @@ pub struct Change {
     pub new: u64,
 }
 
+/// What somebody expects to do with pages nobody there has touched yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Intent {
+    /// Read them.
+    Read,
+    /// Write them, but is not so sure of it that the pages should be taken from who has written them.
+    WriteUntouched,
+    /// Write them.
+    Write,
+}
+
 /// One protocol message. *Home*, *owner*, *sharer* and *holder* (of a replica) are roles; see the
 /// module documentation of [`super`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -79,9 +90,9 @@ pub enum Message<const W: usize> {
     Kept { page: u32, requester: NodeId, copy: bool },
     /// To home: I have no room for my copy of this page.
     Evict { page: u32 },
-    /// Requester to home: I expect to read, or to `write`, these pages, from `page` on: bit n of `wanted` is the
-    /// nth. Give me those that cost nobody anything.
-    Ask { page: u32, wanted: u64, write: bool },
+    /// Requester to home: I expect to use these pages, from `page` on: bit n of `wanted` is the nth. Give me those
+    /// that cost nobody anything.
+    Ask { page: u32, wanted: u64, intent: Intent },
     /// Home to requester: the pages of `given`, as copies to read or, with `write`, as yours; none of the others I
     /// was asked for. Those of `zeros`, which are yours, nobody wrote; `data` has the rest in order.
     Given { page: u32, wanted: u64, given: u64, zeros: u64, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
@@ -192,10 +203,14 @@ impl<const W: usize> Message<W> {
                 out.push(u8::from(*copy));
             }
             Evict { page } => head(out, 22, *page),
-            Ask { page, wanted, write } => {
+            Ask { page, wanted, intent } => {
                 head(out, 23, *page);
                 out.extend(wanted.to_le_bytes());
-                out.push(u8::from(*write));
+                out.push(match intent {
+                    Intent::Read => 0,
+                    Intent::WriteUntouched => 1,
+                    Intent::Write => 2,
+                });
             }
             Given { page, wanted, given, zeros, write, data } => {
                 head(out, 24, *page);
@@ -308,7 +323,16 @@ impl<const W: usize> Message<W> {
             19 => Gone { page },
             20 => Recall { page, requester: r.u16()? },
             21 => Kept { page, requester: r.u16()?, copy: flag(r.u8()?, 0) },
-            23 => Ask { page, wanted: r.u64()?, write: flag(r.u8()?, 0) },
+            23 => {
+                let wanted = r.u64()?;
+                let intent = match r.u8()? {
+                    0 => Intent::Read,
+                    1 => Intent::WriteUntouched,
+                    2 => Intent::Write,
+                    _ => return Err(Malformed),
+                };
+                Ask { page, wanted, intent }
+            }
             24 => {
                 let (wanted, given, zeros, write) = (r.u64()?, r.u64()?, r.u64()?, flag(r.u8()?, 0));
                 Given { page, wanted, given, zeros, write, data: r.pages((given & !zeros).count_ones())? }
@@ -507,8 +531,9 @@ mod tests {
             Recall { page: 4, requester: 999 },
             Kept { page: 4, requester: 999, copy: true },
             Evict { page: 4 },
-            Ask { page: 9, wanted: 0b101, write: false },
-            Ask { page: 9, wanted: 1 << 63, write: true },
+            Ask { page: 9, wanted: 0b101, intent: Intent::Read },
+            Ask { page: 9, wanted: 1 << 63, intent: Intent::Write },
+            Ask { page: 9, wanted: 1, intent: Intent::WriteUntouched },
             Given { page: 9, wanted: 0b101, given: 0b100, zeros: 0, write: false, data: vec![[3, 4]] },
             Given { page: 9, wanted: 7, given: 7, zeros: 2, write: true, data: vec![[3, 4], [5, 6]] },
             AskBlock { page: 512 },

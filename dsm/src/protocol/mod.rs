@@ -36,7 +36,7 @@ pub use block_data::{BlockContent, BlockData, BlockMemory};
 pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
-pub use message::{Change, MAX_NODES, Malformed, Message, NodeId};
+pub use message::{Change, Intent, MAX_NODES, Malformed, Message, NodeId};
 pub use node_set::NodeSet;
 pub use state::{EngineState, StateError};
 

@@ -275,7 +275,7 @@ impl<const W: usize> Engine<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{EngineState, Geometry, Input, PageData, StateError};
+    use super::super::{EngineState, Geometry, Input, Intent, PageData, StateError};
     use super::*;
 
     /// Memory that notes what is done to it.
@@ -436,7 +436,7 @@ mod tests {
         let mut reader = Node::new(1);
         assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
         assert_eq!(reader.step(Input::Fault { page: 3, write: true }), Ok(vec![]));
-        assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111, write: false }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11, write: false })]));
+        assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111, intent: Intent::Read }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11, intent: Intent::Read })]));
         assert_eq!(reader.step(Input::Prefetch { pages: 2..4, write: true }), Ok(vec![]));
         assert!(reader.0.is_pending(2) && !reader.0.is_pending(4) && !reader.0.quiet());
         assert_eq!((reader.0.asked_blocks(), reader.0.pending()), (1, 4));
@@ -479,7 +479,7 @@ mod tests {
     #[test]
     fn a_block_takes_the_place_of_copies_and_what_is_on_its_way_comes_before() {
         let (mut home, mut reader) = (Node::new(0), Node::new(1));
-        let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11, write: false }).unwrap();
+        let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11, intent: Intent::Read }).unwrap();
         assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
         // Page 3 goes on being read by the page until the block is here, as far as anybody here knows.
         assert_eq!(reader.step(Input::Fault { page: 3, write: false }), Ok(vec![]));
@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn a_block_that_comes_before_what_was_asked_for_sooner_is_refused() {
         let mut reader = Node::new(1);
-        reader.step(Input::Ahead { first: 2, wanted: 1, write: false }).unwrap();
+        reader.step(Input::Ahead { first: 2, wanted: 1, intent: Intent::Read }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
         assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Err("a GivenBlock nobody asked for"));
     }
@@ -506,7 +506,7 @@ mod tests {
     #[test]
     fn who_waits_for_a_page_not_given_waits_for_its_block() {
         let mut reader = Node::new(1);
-        reader.step(Input::Ahead { first: 2, wanted: 0b11, write: false }).unwrap();
+        reader.step(Input::Ahead { first: 2, wanted: 0b11, intent: Intent::Read }).unwrap();
         reader.step(Input::Fault { page: 3, write: true }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
         assert_eq!(reader.hear(0, Message::Given { page: 2, wanted: 0b11, given: 1, zeros: 0, write: false, data: vec![[2]] }), Ok(vec![]));
@@ -530,8 +530,8 @@ mod tests {
         let mut reader = Node::new(1);
         reader.step(Input::Fault { page: 1, write: false }).unwrap();
         reader.step(Input::AheadBlock { first: 2 }).unwrap();
-        reader.step(Input::Ahead { first: 4, wanted: 1, write: false }).unwrap();
-        reader.step(Input::Ahead { first: 5, wanted: 1, write: false }).unwrap();
+        reader.step(Input::Ahead { first: 4, wanted: 1, intent: Intent::Read }).unwrap();
+        reader.step(Input::Ahead { first: 5, wanted: 1, intent: Intent::Read }).unwrap();
         reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[4]] }).unwrap();
         reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[5]] }).unwrap();
         // A page under way, all of it here, the block itself under way, no block, two homes, its own, beyond the end.

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::ops::Range;
 
 use fastrand::Rng;
-use krg_dsm::protocol::{BlockContent, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData};
+use krg_dsm::protocol::{BlockContent, Bug, Engine, Geometry, Input, Intent, Memory, Message, NodeId, Output, PageData};
 
 /// Words a page.
 pub const W: usize = 2;
@@ -64,7 +64,7 @@ enum Op {
     Store(u32, usize),
     Prefetch(u32, u32, bool),
     Evict(u32),
-    Ahead(u32, u64, bool),
+    Ahead(u32, u64, Intent),
     Block(u32),
     Send(usize),
 }
@@ -362,7 +362,7 @@ impl World {
         match self.rng.u8(..100) {
             kind if kind < self.plan.stores => Op::Store(page, word),
             92..96 => Op::Evict(page),
-            82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), self.rng.bool()),
+            82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), [Intent::Read, Intent::WriteUntouched, Intent::Write][self.rng.usize(..3)]),
             86..92 => Op::Block(page - page % self.plan.zero_block),
             96..98 => {
                 let end = (page + self.rng.u32(1..5)).min(self.plan.pages * self.plan.nodes as u32);
@@ -403,8 +403,8 @@ impl World {
                 self.step(node, Input::Evict(vec![page]));
                 Ok(())
             }
-            Op::Ahead(first, wanted, write) => {
-                self.step(node, Input::Ahead { first, wanted, write });
+            Op::Ahead(first, wanted, intent) => {
+                self.step(node, Input::Ahead { first, wanted, intent });
                 Ok(())
             }
             Op::Block(first) => {

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::{Deref, Range};
 use std::rc::Rc;
 
-use super::super::{Access, BlockContent, Bug, Engine, Geometry, Input, Memory, Message, NodeId, Output, PageData, pte};
+use super::super::{Access, BlockContent, Bug, Engine, Geometry, Input, Intent, Memory, Message, NodeId, Output, PageData, pte};
 
 /// Words a page: two in the user half of a root, two in the kernel half.
 pub const W: usize = 4;
@@ -118,7 +118,7 @@ enum Tried {
     Interrupt(usize),
     Prefetch(u32, u32, bool),
     Evict(u32),
-    Ahead(u32, u64, bool),
+    Ahead(u32, u64, Intent),
     AheadBlock(u32),
     Free(u32),
     Waiting,
@@ -287,8 +287,8 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
                     return Ok(false);
                 }
             }
-            Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted, false)),
-            Op::AheadToWrite(first, wanted) => return Err(Tried::Ahead(first, wanted, true)),
+            Op::Ahead(first, wanted) => return Err(Tried::Ahead(first, wanted, Intent::Read)),
+            Op::AheadToWrite(first, wanted) => return Err(Tried::Ahead(first, wanted, Intent::Write)),
             Op::AheadBlock(first) => return Err(Tried::AheadBlock(first)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
             Op::Evict(page) => return Err(Tried::Evict(page)),
@@ -454,9 +454,9 @@ impl World {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Evict(vec![page]), intrusion)
                     }
-                    Tried::Ahead(first, wanted, write) => {
+                    Tried::Ahead(first, wanted, intent) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::Ahead { first, wanted, write }, intrusion)
+                        self.step(node, Input::Ahead { first, wanted, intent }, intrusion)
                     }
                     Tried::AheadBlock(first) => {
                         self.cpus[c].at += 1;
