@@ -207,8 +207,9 @@ impl Dsm {
         if let Some(bug) = start.bug {
             engine.plant(bug);
         }
+        let asks = Asks::new(memory.features().moves);
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), readers: Predictor::default(), writers: Predictor::default(), asks: Asks::default(), lending: Lending::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), readers: Predictor::default(), writers: Predictor::default(), asks, lending: Lending::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -305,7 +306,8 @@ impl Dsm {
         self.lock().as_ref().map(|s| s.memory.block_counters()).unwrap_or_default()
     }
 
-    /// Whether streams here ask for whole blocks: the kernel can put one in place as a huge page.
+    /// Whether streams here ask for whole blocks of which something was written: the kernel can put one in place as a
+    /// huge page.
     pub fn moves_blocks(&self) -> bool {
         self.lock().as_ref().is_some_and(|s| s.memory.features().moves)
     }
@@ -463,7 +465,7 @@ impl Dsm {
             Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
             _ => None,
         };
-        if let Input::AheadBlock { first } = input {
+        if let Input::AheadBlock { first, .. } = input {
             // Several threads may have found so few, each for itself.
             if engine.asked_blocks() >= MOST_BLOCKS {
                 asks.not_whole(first);
@@ -619,7 +621,7 @@ fn lend(me: usize, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u6
             lending.wanted(page / BLOCK_PAGES, usize::from(*from), write, now);
             None
         }
-        Message::AskBlock { page } => {
+        Message::AskBlock { page, .. } => {
             if lending.keeps(page / BLOCK_PAGES, now) {
                 *input = Input::KeepBlock { to: *from, first: page };
             }

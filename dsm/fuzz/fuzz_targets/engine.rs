@@ -99,7 +99,7 @@ fuzz_target!(|data: &[u8]| {
                         requests += 1;
                         Input::Free { id: requests, pages }
                     }
-                    Some(3) => Input::AheadBlock { first: page },
+                    Some(3) => Input::AheadBlock { first: page, intent: if kind & 8 != 0 { Intent::WriteUntouched } else { Intent::Read } },
                     Some(5) => Input::Ahead { first: page, wanted: 0b111, intent: if kind & 8 != 0 { Intent::Write } else { Intent::Read } },
                     Some(4) => Input::KeepBlock { to: (me + 1) % NODES as NodeId, first: page },
                     _ => Input::Prefetch { pages, write: kind & 8 != 0 },

@@ -10,6 +10,11 @@ use crate::protocol::{BlockData, Memory};
 const BLOCK_LEN: u64 = (BLOCK_PAGES as u64) << PAGE_SHIFT;
 
 impl UffdMemory {
+    /// Whether this block can be mapped by one huge page at all.
+    pub fn is_whole_block(&self, block: u32) -> bool {
+        self.ram().block_is_whole(block)
+    }
+
     /// Whether the kernel can map this block by one huge page when it comes whole.
     pub fn takes_block(&self, block: u32) -> bool {
         self.features().moves && self.ram().block_is_whole(block)

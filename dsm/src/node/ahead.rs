@@ -76,9 +76,16 @@ pub(super) struct Asks {
     blocks: VecDeque<(u32, bool)>,
     /// Blocks asked for by streams that write.
     writing: BTreeSet<u32>,
+    /// The kernel can make guest memory of a block that comes.
+    moves: bool,
 }
 
 impl Asks {
+    /// Nothing. `moves`: see [`crate::memory::Features`].
+    pub(super) fn new(moves: bool) -> Self {
+        Asks { moves, ..Asks::default() }
+    }
+
     /// How many pages that is.
     fn count(&self) -> u32 {
         self.pages.iter().map(|(_, wanted, _)| wanted.count_ones()).sum::<u32>() + self.blocks.len() as u32 * BLOCK_PAGES
@@ -102,7 +109,12 @@ impl Asks {
         if write {
             self.writing.insert(first);
         }
-        Input::AheadBlock { first }
+        let intent = match (write, self.moves) {
+            (false, _) => Intent::Read,
+            (true, false) => Intent::WriteUntouched,
+            (true, true) => Intent::Write,
+        };
+        Input::AheadBlock { first, intent }
     }
 
     /// What to ask for next, with so many pages and blocks under way.
@@ -123,12 +135,15 @@ impl State {
         if write { &mut self.writers } else { &mut self.readers }
     }
 
-    /// How many pages may be asked for ahead of need, and pages of a block that may be asked for whole, if any.
-    fn may_ask(&self, page: u32) -> (u32, u32) {
+    /// How many pages may be asked for ahead of need, and pages of a block that may be asked for whole, if any: if
+    /// nobody wrote it, it needs nothing of the kernel.
+    fn may_ask(&self, page: u32, write: bool) -> (u32, u32) {
         // Nothing is evicted for pages that may never be read.
         let asked = self.engine.pending() as u32 + self.asks.count();
         let room = self.cache.limit().saturating_sub(self.memory.copies()).saturating_sub(asked);
-        (room, if self.memory.takes_block(page / BLOCK_PAGES) { BLOCK_PAGES } else { 0 })
+        let block = page / BLOCK_PAGES;
+        let takes = self.memory.takes_block(block) || (write && self.memory.is_whole_block(block));
+        (room, if takes { BLOCK_PAGES } else { 0 })
     }
 }
 
@@ -136,7 +151,7 @@ impl Dsm {
     /// A thread is about to have a fault: if that is where a long stream enters a block, all of it is asked for.
     pub(super) fn enter_block(&self, thread: u32, page: u32, write: bool) {
         let input = self.lock().as_mut().and_then(|state| {
-            let (room, block) = state.may_ask(page);
+            let (room, block) = state.may_ask(page, write);
             let enters = state.engine.asked_blocks() < ENTERED_UNDER_WAY && state.predictor(write).wants_block(thread, page, room, block);
             enters.then(|| state.asks.block(page - page % BLOCK_PAGES, write))
         });
@@ -149,7 +164,7 @@ impl Dsm {
     /// fault itself, which somebody waits for, has been asked for before.
     pub(super) fn follow(&self, thread: u32, page: u32, write: bool) {
         if let Some(state) = self.lock().as_mut() {
-            let (room, block) = state.may_ask(page);
+            let (room, block) = state.may_ask(page, write);
             let mut wanted = state.predictor(write).fault(thread, page, room, block);
             let intent = match (write, wanted.far) {
                 (false, _) => Intent::Read,

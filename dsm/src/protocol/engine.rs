@@ -67,8 +67,8 @@ pub enum Input<const W: usize> {
     Prefetch { pages: Range<u32>, write: bool },
     /// Somebody here is expected to use pages soon: bit n is the nth from `first` on.
     Ahead { first: u32, wanted: u64, intent: Intent },
-    /// Somebody here is expected to read, or write, all of the block from `first` on, and more.
-    AheadBlock { first: u32 },
+    /// Somebody here is expected to use all of the block from `first` on, and more.
+    AheadBlock { first: u32, intent: Intent },
     /// [`Message::AskBlock`] arrived from `to`, and this node has reasons to keep the block.
     KeepBlock { to: NodeId, first: u32 },
     /// A message arrived.
@@ -331,9 +331,9 @@ impl<const W: usize> Engine<W> {
             Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
             Input::Ahead { first, wanted, intent } => self.ask_ahead(first, wanted, intent, memory, out),
-            Input::AheadBlock { first } => self.ask_block(first, memory, out),
+            Input::AheadBlock { first, intent } => self.ask_block(first, intent, memory, out),
             Input::KeepBlock { to, .. } if self.gone.contains(to) => {}
-            Input::KeepBlock { to, first } => self.home_ask_block(to, first, false, memory, out)?,
+            Input::KeepBlock { to, first } => self.home_ask_block(to, first, None, memory, out)?,
             Input::Roots(pages) => self.tables.set_roots(pages),
             Input::Send { to, bytes } => self.send(to, Message::Machine(bytes), memory, out),
             Input::Message { from, message } if !self.gone.contains(from) => self.receive(from, message, memory, out)?,
@@ -580,7 +580,7 @@ impl<const W: usize> Engine<W> {
                 let given = GivenPages { wanted, given, zeros, write, data: &data };
                 self.given_ahead(from, page, given, memory, out)?;
             }
-            Message::AskBlock { page } => self.home_ask_block(from, page, true, memory, out)?,
+            Message::AskBlock { page, intent } => self.home_ask_block(from, page, Some(intent), memory, out)?,
             Message::GivenBlock { page, content } => self.given_block(from, page, content, memory, out)?,
             Message::Recall { page, requester } => {
                 if from != self.geometry.home(page) {

@@ -40,6 +40,25 @@ pub enum Intent {
     Write,
 }
 
+impl Intent {
+    fn encode(self) -> u8 {
+        match self {
+            Intent::Read => 0,
+            Intent::WriteUntouched => 1,
+            Intent::Write => 2,
+        }
+    }
+
+    fn decode(byte: u8) -> Result<Self, Malformed> {
+        match byte {
+            0 => Ok(Intent::Read),
+            1 => Ok(Intent::WriteUntouched),
+            2 => Ok(Intent::Write),
+            _ => Err(Malformed),
+        }
+    }
+}
+
 /// One protocol message. *Home*, *owner*, *sharer* and *holder* (of a replica) are roles; see the
 /// module documentation of [`super`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -96,9 +115,9 @@ pub enum Message<const W: usize> {
     /// Home to requester: the pages of `given`, as copies to read or, with `write`, as yours; none of the others I
     /// was asked for. Those of `zeros`, which are yours, nobody wrote; `data` has the rest in order.
     Given { page: u32, wanted: u64, given: u64, zeros: u64, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
-    /// Requester to home: I expect to read, or to write, this whole block, which starts with `page`, and more. Make
-    /// it mine if that costs nobody anything.
-    AskBlock { page: u32 },
+    /// Requester to home: I expect to use this whole block, which starts with `page`, and more. Make it mine if that
+    /// costs nobody anything.
+    AskBlock { page: u32, intent: Intent },
     /// Home to requester: whether the block is yours now, all of it, to write.
     GivenBlock { page: u32, content: BlockContent<W> },
     /// To home: the guest has no use for these pages; tell me when nobody has them any more.
@@ -206,11 +225,7 @@ impl<const W: usize> Message<W> {
             Ask { page, wanted, intent } => {
                 head(out, 23, *page);
                 out.extend(wanted.to_le_bytes());
-                out.push(match intent {
-                    Intent::Read => 0,
-                    Intent::WriteUntouched => 1,
-                    Intent::Write => 2,
-                });
+                out.push(intent.encode());
             }
             Given { page, wanted, given, zeros, write, data } => {
                 head(out, 24, *page);
@@ -226,7 +241,10 @@ impl<const W: usize> Message<W> {
                 out.extend(count.to_le_bytes());
             }
             Freed { id } => head(out, 26, *id),
-            AskBlock { page } => head(out, 27, *page),
+            AskBlock { page, intent } => {
+                head(out, 27, *page);
+                out.push(intent.encode());
+            }
             GivenBlock { page, content } => {
                 head(out, 28, *page);
                 match content {
@@ -302,7 +320,7 @@ impl<const W: usize> Message<W> {
             22 => Evict { page },
             25 => Free { id: page, first: r.u32()?, count: r.u32()? },
             26 => Freed { id: page },
-            27 => AskBlock { page },
+            27 => AskBlock { page, intent: Intent::decode(r.u8()?)? },
             28 => {
                 let content = match r.u8()? {
                     0 => BlockContent::Stays,
@@ -323,16 +341,7 @@ impl<const W: usize> Message<W> {
             19 => Gone { page },
             20 => Recall { page, requester: r.u16()? },
             21 => Kept { page, requester: r.u16()?, copy: flag(r.u8()?, 0) },
-            23 => {
-                let wanted = r.u64()?;
-                let intent = match r.u8()? {
-                    0 => Intent::Read,
-                    1 => Intent::WriteUntouched,
-                    2 => Intent::Write,
-                    _ => return Err(Malformed),
-                };
-                Ask { page, wanted, intent }
-            }
+            23 => Ask { page, wanted: r.u64()?, intent: Intent::decode(r.u8()?)? },
             24 => {
                 let (wanted, given, zeros, write) = (r.u64()?, r.u64()?, r.u64()?, flag(r.u8()?, 0));
                 Given { page, wanted, given, zeros, write, data: r.pages((given & !zeros).count_ones())? }
@@ -383,7 +392,7 @@ impl<const W: usize> Message<W> {
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
-            Ask { page, .. } | Given { page, .. } | AskBlock { page } | GivenBlock { page, .. } => Some(page),
+            Ask { page, .. } | Given { page, .. } | AskBlock { page, .. } | GivenBlock { page, .. } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
         }
     }
@@ -536,7 +545,8 @@ mod tests {
             Ask { page: 9, wanted: 1, intent: Intent::WriteUntouched },
             Given { page: 9, wanted: 0b101, given: 0b100, zeros: 0, write: false, data: vec![[3, 4]] },
             Given { page: 9, wanted: 7, given: 7, zeros: 2, write: true, data: vec![[3, 4], [5, 6]] },
-            AskBlock { page: 512 },
+            AskBlock { page: 512, intent: Intent::Read },
+            AskBlock { page: 512, intent: Intent::WriteUntouched },
             GivenBlock { page: 512, content: BlockContent::Stays },
             GivenBlock { page: 512, content: BlockContent::Zeros },
             GivenBlock { page: 512, content: BlockContent::Pages(BlockData::new(vec![[3, 4], [5, 6]])) },

@@ -26,7 +26,7 @@ use super::Bug;
 use super::block_data::{BlockContent, BlockData};
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::Memory;
-use super::message::{Message, NodeId};
+use super::message::{Intent, Message, NodeId};
 use super::node_set::NodeSet;
 use super::place::Place;
 
@@ -111,7 +111,7 @@ impl<const W: usize> Engine<W> {
     /// or was asked for to be, some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`]
     /// come before it.
     /// `out.not_given` says what won't come.
-    pub(super) fn ask_block(&mut self, first: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    pub(super) fn ask_block(&mut self, first: u32, intent: Intent, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let askable = self.block_from(first).is_some_and(|block| {
             let some = self.access[block.start as usize..block.end as usize].contains(&Access::Invalid);
             some && !self.blocks.contains_key(&first) && self.may_await(&block)
@@ -121,7 +121,7 @@ impl<const W: usize> Engine<W> {
         }
         self.blocks.insert(first, Awaited { waits: BTreeMap::new(), early: Vec::new() });
         self.counters.blocks_asked += 1;
-        self.send(self.geometry.home(first), Message::AskBlock { page: first }, memory, out);
+        self.send(self.geometry.home(first), Message::AskBlock { page: first, intent }, memory, out);
     }
 
     /// Whether a block is one that this node may have asked for, as far as what it has of it tells.
@@ -144,12 +144,12 @@ impl<const W: usize> Engine<W> {
         self.blocks.iter().all(fits)
     }
 
-    /// As home: gives the block, or not. `willing`: the node has no reason of its own to keep it.
+    /// As home: gives the block, or not, if `intent` is none because the node has reasons of its own to keep it.
     pub(super) fn home_ask_block(
         &mut self,
         from: NodeId,
         first: u32,
-        willing: bool,
+        intent: Option<Intent>,
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
@@ -157,6 +157,8 @@ impl<const W: usize> Engine<W> {
         let Some(block) = here else {
             return Err(ProtocolError { from, what: "an AskBlock for what is no block of this home", page: first });
         };
+        let written = self.directory.untouched(block.clone()).count() < block.len();
+        let willing = intent.is_some_and(|intent| !written || intent != Intent::WriteUntouched);
         let content = match willing && self.can_spare_block(from, &block) {
             true => self.give_block(from, block, memory),
             false => BlockContent::Stays,
@@ -275,7 +277,7 @@ impl<const W: usize> Engine<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{EngineState, Geometry, Input, Intent, PageData, StateError};
+    use super::super::{EngineState, Geometry, Input, PageData, StateError};
     use super::*;
 
     /// Memory that notes what is done to it.
@@ -335,7 +337,7 @@ mod tests {
     }
 
     fn ask(page: u32) -> Message<1> {
-        Message::AskBlock { page }
+        Message::AskBlock { page, intent: Intent::Read }
     }
 
     fn given(page: u32, data: &[PageData<1>]) -> Message<1> {
@@ -379,7 +381,7 @@ mod tests {
     #[test]
     fn a_block_nobody_wrote_goes_without_data() {
         let (mut home, mut writer) = (Node::new(0), Node::new(1));
-        assert_eq!(writer.step(Input::AheadBlock { first: 6 }), Ok(vec![(0, ask(6))]));
+        assert_eq!(writer.step(Input::AheadBlock { first: 6, intent: Intent::Read }), Ok(vec![(0, ask(6))]));
         let zeros = Message::GivenBlock { page: 6, content: BlockContent::Zeros };
         assert_eq!(home.hear(1, ask(6)), Ok(vec![(1, zeros.clone())]));
         assert_eq!((&home.1.0[..], home.0.access(6)), (&[][..], Access::Invalid));
@@ -389,6 +391,14 @@ mod tests {
         assert_eq!((writer.0.access(7), writer.0.quiet(), writer.0.counters().pages_in), (Access::Exclusive, true, 0));
         let sends = home.hear(2, get(7, false)).unwrap();
         assert!(matches!(sends[..], [(1, Message::Fetch { page: 7, requester: 2, .. })]), "{sends:?}");
+    }
+
+    #[test]
+    fn a_block_may_be_asked_for_only_if_nobody_wrote_it() {
+        let mut home = Node::new(0);
+        let untouched = |page| Message::AskBlock { page, intent: Intent::WriteUntouched };
+        assert_eq!(home.hear(1, untouched(2)), Ok(vec![(1, refused(2))]));
+        assert_eq!(home.hear(1, untouched(6)), Ok(vec![(1, Message::GivenBlock { page: 6, content: BlockContent::Zeros })]));
     }
 
     #[test]
@@ -434,7 +444,7 @@ mod tests {
     #[test]
     fn who_touches_a_block_on_its_way_waits_for_it() {
         let mut reader = Node::new(1);
-        assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
+        assert_eq!(reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }), Ok(vec![(0, ask(2))]));
         assert_eq!(reader.step(Input::Fault { page: 3, write: true }), Ok(vec![]));
         assert_eq!(reader.step(Input::Ahead { first: 0, wanted: 0b1111, intent: Intent::Read }), Ok(vec![(0, Message::Ask { page: 0, wanted: 0b11, intent: Intent::Read })]));
         assert_eq!(reader.step(Input::Prefetch { pages: 2..4, write: true }), Ok(vec![]));
@@ -449,7 +459,7 @@ mod tests {
     #[test]
     fn what_home_asks_of_the_owner_of_a_block_waits_until_it_is_there() {
         let mut reader = Node::new(1);
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         let fetch = Message::Fetch {
             page: 3,
             requester: 2,
@@ -466,10 +476,10 @@ mod tests {
         let sends = reader.hear(0, given(2, &[[7], [8]])).unwrap();
         assert!(matches!(&sends[..], [(2, Message::Data { page: 3, data, .. }), (2, Message::InvalidateAck { page: 3 })] if **data == [3]), "{sends:?}");
         assert_eq!((reader.0.access(2), reader.0.access(3), reader.0.quiet()), (Access::Exclusive, Access::Invalid, true));
-        reader.step(Input::AheadBlock { first: 4 }).unwrap();
+        reader.step(Input::AheadBlock { first: 4, intent: Intent::Read }).unwrap();
         reader.hear(0, Message::Recall { page: 4, requester: 2 }).unwrap();
         assert_eq!(reader.hear(0, refused(4)), Ok(vec![(0, Message::Kept { page: 4, requester: 2, copy: false })]));
-        reader.step(Input::AheadBlock { first: 4 }).unwrap();
+        reader.step(Input::AheadBlock { first: 4, intent: Intent::Read }).unwrap();
         (0..4).for_each(|_| drop(reader.hear(0, Message::Invalidate { page: 4, requester: 0 }).unwrap()));
         let fifth = reader.hear(0, Message::Invalidate { page: 4, requester: 0 });
         assert_eq!(fifth, Err("too much asked of the owner of a block that has not come"));
@@ -480,7 +490,7 @@ mod tests {
     fn a_block_takes_the_place_of_copies_and_what_is_on_its_way_comes_before() {
         let (mut home, mut reader) = (Node::new(0), Node::new(1));
         let asked = reader.step(Input::Ahead { first: 2, wanted: 0b11, intent: Intent::Read }).unwrap();
-        assert_eq!(reader.step(Input::AheadBlock { first: 2 }), Ok(vec![(0, ask(2))]));
+        assert_eq!(reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }), Ok(vec![(0, ask(2))]));
         // Page 3 goes on being read by the page until the block is here, as far as anybody here knows.
         assert_eq!(reader.step(Input::Fault { page: 3, write: false }), Ok(vec![]));
         let (_, answer) = home.hear(1, asked[0].1.clone()).unwrap().remove(0);
@@ -499,7 +509,7 @@ mod tests {
     fn a_block_that_comes_before_what_was_asked_for_sooner_is_refused() {
         let mut reader = Node::new(1);
         reader.step(Input::Ahead { first: 2, wanted: 1, intent: Intent::Read }).unwrap();
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         assert_eq!(reader.hear(0, given(2, &[[7], [8]])), Err("a GivenBlock nobody asked for"));
     }
 
@@ -508,7 +518,7 @@ mod tests {
         let mut reader = Node::new(1);
         reader.step(Input::Ahead { first: 2, wanted: 0b11, intent: Intent::Read }).unwrap();
         reader.step(Input::Fault { page: 3, write: true }).unwrap();
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         assert_eq!(reader.hear(0, Message::Given { page: 2, wanted: 0b11, given: 1, zeros: 0, write: false, data: vec![[2]] }), Ok(vec![]));
         // The copy is taken back for somebody's write, for which home was busy when it was asked for the block.
         assert_eq!(reader.hear(0, Message::Invalidate { page: 2, requester: 2 }), Ok(vec![]));
@@ -518,7 +528,7 @@ mod tests {
     #[test]
     fn after_a_refusal_who_waits_asks_as_for_any_page() {
         let mut reader = Node::new(1);
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         reader.step(Input::Fault { page: 3, write: false }).unwrap();
         assert_eq!(reader.hear(0, refused(2)), Ok(vec![(0, get(3, false))]));
         assert_eq!((&reader.2.not_given[..], reader.0.counters().blocks_refused), (&[2][..], 1));
@@ -529,14 +539,14 @@ mod tests {
     fn what_can_not_be_asked_for_whole_is_told() {
         let mut reader = Node::new(1);
         reader.step(Input::Fault { page: 1, write: false }).unwrap();
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         reader.step(Input::Ahead { first: 4, wanted: 1, intent: Intent::Read }).unwrap();
         reader.step(Input::Ahead { first: 5, wanted: 1, intent: Intent::Read }).unwrap();
         reader.hear(0, Message::Given { page: 4, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[4]] }).unwrap();
         reader.hear(0, Message::Given { page: 5, wanted: 1, given: 1, zeros: 0, write: false, data: vec![[5]] }).unwrap();
         // A page under way, all of it here, the block itself under way, no block, two homes, its own, beyond the end.
         for first in [0, 4, 2, 3, 10, 12, 16, u32::MAX] {
-            assert_eq!(reader.step(Input::AheadBlock { first }), Ok(vec![]), "{first}");
+            assert_eq!(reader.step(Input::AheadBlock { first, intent: Intent::Read }), Ok(vec![]), "{first}");
             assert_eq!(reader.2.not_given, [first]);
         }
         let short = reader.hear(0, given(2, &[[1]]));
@@ -546,18 +556,18 @@ mod tests {
     #[test]
     fn a_lost_home_ends_the_wait_for_its_blocks() {
         let mut reader = Node::new(1);
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         reader.step(Input::Fault { page: 3, write: false }).unwrap();
         reader.step(Input::Lost(0)).unwrap();
         assert_eq!((&reader.2.failed[..], reader.0.quiet()), (&[3][..], true));
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         assert_eq!(reader.2.not_given, [2]);
     }
 
     #[test]
     fn blocks_under_way_are_written_down_and_must_be_blocks() {
         let mut reader = Node::new(1);
-        reader.step(Input::AheadBlock { first: 2 }).unwrap();
+        reader.step(Input::AheadBlock { first: 2, intent: Intent::Read }).unwrap();
         reader.step(Input::Fault { page: 3, write: true }).unwrap();
         reader.hear(0, Message::Invalidate { page: 2, requester: 0 }).unwrap();
         let text = serde_json::to_string(&reader.0.save()).unwrap();

@@ -65,7 +65,7 @@ enum Op {
     Prefetch(u32, u32, bool),
     Evict(u32),
     Ahead(u32, u64, Intent),
-    Block(u32),
+    Block(u32, Intent),
     Send(usize),
 }
 
@@ -357,13 +357,17 @@ impl World {
         home as u32 * self.plan.pages + self.rng.u32(..self.plan.pages)
     }
 
+    fn some_intent(&mut self) -> Intent {
+        [Intent::Read, Intent::WriteUntouched, Intent::Write][self.rng.usize(..3)]
+    }
+
     fn some_op(&mut self, node: usize) -> Op {
         let (page, word) = (self.some_page(node), self.rng.usize(..W));
         match self.rng.u8(..100) {
             kind if kind < self.plan.stores => Op::Store(page, word),
             92..96 => Op::Evict(page),
-            82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), [Intent::Read, Intent::WriteUntouched, Intent::Write][self.rng.usize(..3)]),
-            86..92 => Op::Block(page - page % self.plan.zero_block),
+            82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), self.some_intent()),
+            86..92 => Op::Block(page - page % self.plan.zero_block, self.some_intent()),
             96..98 => {
                 let end = (page + self.rng.u32(1..5)).min(self.plan.pages * self.plan.nodes as u32);
                 Op::Prefetch(page, end, self.rng.bool())
@@ -407,8 +411,8 @@ impl World {
                 self.step(node, Input::Ahead { first, wanted, intent });
                 Ok(())
             }
-            Op::Block(first) => {
-                self.step(node, Input::AheadBlock { first });
+            Op::Block(first, intent) => {
+                self.step(node, Input::AheadBlock { first, intent });
                 Ok(())
             }
             Op::Send(to) => {

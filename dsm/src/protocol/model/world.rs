@@ -460,7 +460,7 @@ impl World {
                     }
                     Tried::AheadBlock(first) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::AheadBlock { first }, intrusion)
+                        self.step(node, Input::AheadBlock { first, intent: Intent::Read }, intrusion)
                     }
                     Tried::Free(page) => {
                         self.cpus[c].at += 1;
