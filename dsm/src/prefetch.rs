@@ -24,7 +24,9 @@ const FIRST_WINDOW: u32 = 8;
 const LAST_WINDOW: u32 = 1024;
 /// Neighbouring pages after which a stream asks for whole blocks, and its largest window then.
 const LONG: u32 = 64;
-const BLOCKS_WINDOW: u32 = 4096;
+const BLOCKS_WINDOW: u32 = 2048;
+/// Pages after which a stream has come so far that it may take pages from others.
+const FAR: u32 = 32;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
 const MEMORY: u64 = 16384;
 /// Pages that may be wasted before anything is believed less.
@@ -136,7 +138,7 @@ pub struct Wanted {
     pub pages: Vec<u32>,
     /// First pages of whole blocks. They come behind the pages.
     pub blocks: Vec<u32>,
-    /// The stream has come far already.
+    /// The stream has come so far that it may take pages from others.
     pub far: bool,
 }
 
@@ -171,7 +173,7 @@ impl Predictor {
         stream.run = stream.run.saturating_add(steps);
         stream.ahead = stream.ahead.saturating_sub(steps);
         stream.at = self.faults;
-        wanted.far = stream.run >= LONG;
+        wanted.far = stream.run >= FAR;
         if whole {
             stream.by_blocks = true;
             let mut least = 2 * block;
@@ -359,6 +361,15 @@ mod tests {
             assert!(pages < 700 && faults < 20, "{pages} pages, {faults} faults");
             assert!(p.accuracy().issued < 8192 + u64::from(BLOCKS_WINDOW) + 512, "{:?}", p.accuracy());
         }
+    }
+
+    #[test]
+    fn a_stream_that_has_come_far_says_so() {
+        let mut p = Predictor::default();
+        let far: Vec<bool> = (0..100).map(|n| p.fault(1, n, u32::MAX, 0).far).collect();
+        // The first two are no stream yet.
+        assert_eq!(far.iter().position(|far| *far), Some(FAR as usize));
+        assert!(far[FAR as usize..].iter().all(|far| *far));
     }
 
     #[test]
