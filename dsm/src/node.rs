@@ -637,6 +637,9 @@ fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
         Message::Data { page, .. } | Message::Replica { page, .. } | Message::Demoted { page, .. } => {
             stalls.answered(*page, from, Part::Sent);
         }
+        Message::DataRun { page, data, .. } => {
+            (0..data.len() as u32).for_each(|n| stalls.answered(page.saturating_add(n), from, Part::Sent));
+        }
         Message::Given { page, given, .. } => {
             let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1);
             bits.for_each(|bit| stalls.answered(page.saturating_add(bit), from, Part::Sent));

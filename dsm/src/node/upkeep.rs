@@ -83,11 +83,13 @@ impl Dsm {
     /// Has copies go home while there are more than there may be.
     fn evict_copies(&self) {
         let mut guard = self.lock();
+        let mut evicting = false;
         loop {
             let Some(State { engine, memory, cache, .. }) = guard.as_mut() else { return };
             let copies = memory.copies();
             let mut pages = Vec::new();
-            if copies > cache.limit() {
+            evicting = copies > if evicting { cache.low() } else { cache.limit() };
+            if evicting {
                 let count = (copies - cache.low()).min(EVICT_AT_ONCE) as usize;
                 pages = cache.choose(count, |page| {
                     memory.access(page) != Mapped::Absent && engine.access(page) != Access::Replicated && !engine.is_pending(page)
@@ -98,12 +100,15 @@ impl Dsm {
                 guard = waited.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             }
-            let left = copies - pages.len() as u32;
             drop(guard);
-            self.step(self.me, Input::Evict(pages));
+            self.step(self.me, Input::Evict(pages.clone()));
             guard = self.lock();
-            let gone = |state: &mut Option<State>| state.as_ref().is_some_and(|s| s.memory.copies() > left);
-            let waited = self.room.wait_timeout_while(guard, EVICTION_PATIENCE, gone);
+            // Meanwhile others come. A few that home is busy with are not waited for.
+            let few = pages.len() / 8;
+            let many_here = |state: &mut Option<State>| {
+                state.as_ref().is_some_and(|s| pages.iter().filter(|page| s.memory.access(**page) != Mapped::Absent).count() > few)
+            };
+            let waited = self.room.wait_timeout_while(guard, EVICTION_PATIENCE, many_here);
             guard = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

@@ -329,7 +329,7 @@ impl<const W: usize> Engine<W> {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
             Input::Free { id, pages } => self.free(id, pages, memory, out),
-            Input::Evict(pages) => pages.into_iter().for_each(|page| self.evict(page, memory, out)),
+            Input::Evict(pages) => self.evict(&pages, memory, out),
             Input::Ahead { first, wanted, intent } => self.ask_ahead(first, wanted, intent, memory, out),
             Input::AheadBlock { first, intent } => self.ask_block(first, intent, memory, out),
             Input::KeepBlock { to, .. } if self.gone.contains(to) => {}
@@ -343,6 +343,7 @@ impl<const W: usize> Engine<W> {
         while let Some(message) = self.loopback.pop_front() {
             self.receive(self.me, message, memory, out)?;
         }
+        self.join_fetches(out);
         Ok(())
     }
 
@@ -443,7 +444,9 @@ impl<const W: usize> Engine<W> {
                 self.home_free(from, id, pages, memory, out)?;
             }
             Message::Freed { id } => self.freed(from, id, out)?,
-            Message::Evict { page } => self.home_evict(from, page, memory, out)?,
+            Message::Evict { page, count } => self.home_evict_run(from, page, count, memory, out)?,
+            Message::FetchRun { page, count, write } => self.fetch_run(from, page, count, write, memory, out)?,
+            Message::DataRun { page, write, data } => self.data_run(from, page, write, data, memory, out)?,
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
             Message::Fetch { page, requester, write, acks, alone, table, done, migratory } => {
@@ -629,14 +632,14 @@ impl<const W: usize> Engine<W> {
         self.send(requester, message, memory, out);
     }
 
-    fn note_taken(&mut self, page: u32, out: &mut Output<W>) {
+    pub(super) fn note_taken(&mut self, page: u32, out: &mut Output<W>) {
         self.given.remove(&page);
         let taken = &mut self.taken[page as usize];
         *taken = taken.saturating_add(1);
         out.want_roots |= self.replicate && *taken >= 2;
     }
 
-    fn answer(
+    pub(super) fn answer(
         &mut self,
         from: NodeId,
         page: u32,

@@ -7,23 +7,54 @@
 use super::directory::Busy;
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::Memory;
-use super::message::{Message, NodeId};
+use super::message::{MAX_RUN, Message, NodeId};
 use super::place::Place;
 
 impl<const W: usize> Engine<W> {
-    /// Asks the home of a page to take its copy away from here. Pages at home, replicas and pages under
+    /// Asks the homes of pages to take their copies away from here. Pages at home, replicas and pages under
     /// way stay.
-    pub(super) fn evict(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
-        let copy = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
-        let home = self.geometry.home(page);
-        if copy && home != self.me && !self.pending.contains_key(&page) && !self.is_block_asked(page) {
+    pub(super) fn evict(&mut self, pages: &[u32], memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let mut run: Option<(NodeId, u32, u32)> = None;
+        for &page in pages {
+            let copy = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
+            let home = self.geometry.home(page);
+            if !copy || home == self.me || self.pending.contains_key(&page) || self.is_block_asked(page) {
+                continue;
+            }
             self.counters.evictions += 1;
-            self.send(home, Message::Evict { page }, memory, out);
+            run = match run {
+                Some((of, first, count)) if of == home && first + count == page && count < MAX_RUN => Some((of, first, count + 1)),
+                before => {
+                    self.send_evict(before, memory, out);
+                    Some((home, page, 1))
+                }
+            };
+        }
+        self.send_evict(run, memory, out);
+    }
+
+    fn send_evict(&mut self, run: Option<(NodeId, u32, u32)>, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        if let Some((home, page, count)) = run {
+            self.send(home, Message::Evict { page, count }, memory, out);
         }
     }
 
+    /// As home: `from` wants to be rid of its copies of pages.
+    pub(super) fn home_evict_run(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        count: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let end = page.checked_add(count).filter(|end| *end <= self.geometry.pages() && (1..=MAX_RUN).contains(&count));
+        let Some(end) = end else { return Err(ProtocolError { from, what: "an Evict of too much", page }) };
+        (page..end).try_for_each(|page| self.home_evict(from, page, memory, out))
+    }
+
     /// As home: `from` wants to be rid of its copy.
-    pub(super) fn home_evict(
+    fn home_evict(
         &mut self,
         from: NodeId,
         page: u32,

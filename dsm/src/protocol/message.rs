@@ -107,8 +107,13 @@ pub enum Message<const W: usize> {
     Recall { page: u32, requester: NodeId },
     /// Owner to home: whether it has the page still.
     Kept { page: u32, requester: NodeId, copy: bool },
-    /// To home: I have no room for my copy of this page.
-    Evict { page: u32 },
+    /// To home: I have no room for my copies of `count` pages from this one on.
+    Evict { page: u32, count: u32 },
+    /// Home to owner: send me your pages, `count` from this one on. As so many a Fetch with `alone` and `done`, for
+    /// home itself.
+    FetchRun { page: u32, count: u32, write: bool },
+    /// Owner to home: the pages. As so many a Data with `done`.
+    DataRun { page: u32, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
     /// Requester to home: I expect to use these pages, from `page` on: bit n of `wanted` is the nth. Give me those
     /// that cost nobody anything.
     Ask { page: u32, wanted: u64, intent: Intent },
@@ -135,6 +140,9 @@ pub struct Malformed;
 
 /// Most changes in one message; a flush with more is split.
 pub const MAX_CHANGES: usize = 8192;
+
+/// Most pages of a [`Message::FetchRun`], a [`Message::DataRun`] and a [`Message::Evict`].
+pub const MAX_RUN: u32 = 64;
 
 impl<const W: usize> Message<W> {
     /// Appends the wire form.
@@ -221,7 +229,21 @@ impl<const W: usize> Message<W> {
                 out.extend(requester.to_le_bytes());
                 out.push(u8::from(*copy));
             }
-            Evict { page } => head(out, 22, *page),
+            Evict { page, count } => {
+                head(out, 22, *page);
+                out.extend(count.to_le_bytes());
+            }
+            FetchRun { page, count, write } => {
+                head(out, 29, *page);
+                out.extend(count.to_le_bytes());
+                out.push(u8::from(*write));
+            }
+            DataRun { page, write, data } => {
+                head(out, 30, *page);
+                out.push(u8::from(*write));
+                out.extend((data.len() as u32).to_le_bytes());
+                data.iter().for_each(|words| put_words(out, words));
+            }
             Ask { page, wanted, intent } => {
                 head(out, 23, *page);
                 out.extend(wanted.to_le_bytes());
@@ -317,7 +339,16 @@ impl<const W: usize> Message<W> {
             12 => Demote { page },
             13 => Drop { page },
             14 => Dropped { page, changes: r.changes()? },
-            22 => Evict { page },
+            22 => Evict { page, count: r.u32()? },
+            29 => FetchRun { page, count: r.u32()?, write: flag(r.u8()?, 0) },
+            30 => {
+                let (write, count) = (flag(r.u8()?, 0), r.u32()?);
+                if count > MAX_RUN {
+                    return Err(Malformed);
+                }
+                let data: Result<_, _> = (0..count).map(|_| r.words().map(|words| *words)).collect();
+                DataRun { page, write, data: data? }
+            }
             25 => Free { id: page, first: r.u32()?, count: r.u32()? },
             26 => Freed { id: page },
             27 => AskBlock { page, intent: Intent::decode(r.u8()?)? },
@@ -357,6 +388,7 @@ impl<const W: usize> Message<W> {
         matches!(
             self,
             Message::Data { .. }
+                | Message::DataRun { .. }
                 | Message::Given { .. }
                 | Message::GivenBlock { content: BlockContent::Pages(_), .. }
                 | Message::InvalidateAck { .. }
@@ -371,10 +403,12 @@ impl<const W: usize> Message<W> {
         !matches!(
             self,
             Data { .. }
+                | DataRun { .. }
                 | Given { .. }
                 | GivenBlock { .. }
                 | Grant { .. }
                 | Fetch { .. }
+                | FetchRun { .. }
                 | Invalidate { .. }
                 | InvalidateAck { .. }
                 | Done { .. }
@@ -391,7 +425,7 @@ impl<const W: usize> Message<W> {
             Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
-            Recall { page, .. } | Kept { page, .. } | Evict { page } => Some(page),
+            Recall { page, .. } | Kept { page, .. } | Evict { page, .. } | FetchRun { page, .. } | DataRun { page, .. } => Some(page),
             Ask { page, .. } | Given { page, .. } | AskBlock { page, .. } | GivenBlock { page, .. } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
         }
@@ -539,7 +573,9 @@ mod tests {
             Gone { page: 4 },
             Recall { page: 4, requester: 999 },
             Kept { page: 4, requester: 999, copy: true },
-            Evict { page: 4 },
+            Evict { page: 4, count: 3 },
+            FetchRun { page: 4, count: 64, write: true },
+            DataRun { page: 4, write: false, data: vec![[3, 4], [0, 0], [5, 6]] },
             Ask { page: 9, wanted: 0b101, intent: Intent::Read },
             Ask { page: 9, wanted: 1 << 63, intent: Intent::Write },
             Ask { page: 9, wanted: 1, intent: Intent::WriteUntouched },

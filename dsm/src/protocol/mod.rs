@@ -26,6 +26,7 @@ mod model;
 mod node_set;
 mod place;
 pub mod pte;
+mod runs;
 mod state;
 mod tables;
 mod whole;

@@ -404,7 +404,8 @@ impl World {
                 Ok(())
             }
             Op::Evict(page) => {
-                self.step(node, Input::Evict(vec![page]));
+                let end = (page + self.rng.u32(1..5)).min(self.plan.pages * self.plan.nodes as u32);
+                self.step(node, Input::Evict((page..end).collect()));
                 Ok(())
             }
             Op::Ahead(first, wanted, intent) => {

@@ -160,3 +160,48 @@ fn pages_asked_for_ahead_to_write_survive_the_loss_of_any_node() {
         holds("asked ahead to write, and a loss", data(homes, cpus).losing(&[0, 1, 2]), 0, |_| Ok(()));
     }
 }
+
+/// What home asks of one owner together goes and comes together, in the midst of all else.
+#[test]
+fn runs_of_pages_are_as_coherent() {
+    for (homes, others) in [(&[2, 0][..], false), (&[2, 0, 0], false), (&[2, 0, 0], true)] {
+        let home: &[Op] = if others { &[Prefetch(X, Y + 1, true), Increment(Y, 0)] } else { &[AheadToWrite(X, 0b11), Increment(X, 0), Load(Y, 0)] };
+        let mut cpus = vec![Cpu::new(0, home), Cpu::new(1, &[Increment(X, 0), Increment(Y, 0), EvictRun(X, Y + 1), Increment(X, 0)])];
+        if homes.len() > 2 {
+            cpus.push(Cpu::new(2, if others { &[Load(X, 0), Increment(Y, 0)] } else { &[Increment(Y, 0)] }));
+        }
+        let (x, y) = (2 + u64::from(!others), 1 + u64::from(others) + u64::from(homes.len() > 2));
+        holds("runs of pages", data(homes, cpus), u8::from(homes.len() < 3).into(), move |w| {
+            require((w.value(X, 0), w.value(Y, 0)) == (x, y), || format!("{} and {} of {x} and {y}", w.value(X, 0), w.value(Y, 0)))
+        });
+    }
+}
+
+/// The pages may be on their way with their block.
+#[test]
+fn runs_of_pages_of_a_block_on_its_way_are_as_coherent() {
+    for homes in [&[2, 0][..], &[2, 0, 0]] {
+        let mut cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1), Prefetch(X, Y + 1, true), Increment(X, 0)]),
+            Cpu::new(1, &[AheadBlock(X), Increment(Y, 0), EvictRun(X, Y + 1)]),
+        ];
+        if homes.len() > 2 {
+            cpus.push(Cpu::new(2, &[Load(X, 0)]));
+        }
+        let mut world = data(homes, cpus);
+        world.take_zeros_by(1, 2);
+        holds("runs of pages of a block", world, u8::from(homes.len() < 3).into(), |w| require(w.value(X, 0) == 2, || "a store is lost".into()));
+    }
+}
+
+#[test]
+fn runs_of_pages_survive_the_loss_of_any_node() {
+    for third in [Load(X, 0), Store(Y, 0, 3)] {
+        let cpus = vec![
+            Cpu::new(0, &[Prefetch(X, Y + 1, true), Load(X, 0)]),
+            Cpu::new(1, &[Store(X, 0, 1), Store(Y, 0, 1), EvictRun(X, Y + 1), Load(Y, 0)]),
+            Cpu::new(2, &[third]),
+        ];
+        holds("runs of pages, and a loss", data(&[2, 0, 0], cpus).losing(&[0, 1, 2]), 0, |_| Ok(()));
+    }
+}

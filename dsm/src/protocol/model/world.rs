@@ -29,6 +29,8 @@ pub enum Op {
     Prefetch(u32, u32, bool),
     /// Its node has no room for a page.
     Evict(u32),
+    /// Its node has no room for pages: the first, and the one after the last.
+    EvictRun(u32, u32),
     /// Asks for pages ahead of need, to read: the first, and which from there on.
     Ahead(u32, u64),
     /// The same, to write.
@@ -117,7 +119,7 @@ enum Tried {
     Fault(u32, bool),
     Interrupt(usize),
     Prefetch(u32, u32, bool),
-    Evict(u32),
+    Evict(u32, u32),
     Ahead(u32, u64, Intent),
     AheadBlock(u32),
     Free(u32),
@@ -291,7 +293,8 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
             Op::AheadToWrite(first, wanted) => return Err(Tried::Ahead(first, wanted, Intent::Write)),
             Op::AheadBlock(first) => return Err(Tried::AheadBlock(first)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
-            Op::Evict(page) => return Err(Tried::Evict(page)),
+            Op::Evict(page) => return Err(Tried::Evict(page, page + 1)),
+            Op::EvictRun(first, end) => return Err(Tried::Evict(first, end)),
             Op::Free(page) => return Err(Tried::Free(page)),
             Op::Interrupt(to) => return Err(Tried::Interrupt(to)),
             Op::AwaitInterrupt => {
@@ -450,9 +453,9 @@ impl World {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Prefetch { pages: first..end, write }, intrusion)
                     }
-                    Tried::Evict(page) => {
+                    Tried::Evict(first, end) => {
                         self.cpus[c].at += 1;
-                        self.step(node, Input::Evict(vec![page]), intrusion)
+                        self.step(node, Input::Evict((first..end).collect()), intrusion)
                     }
                     Tried::Ahead(first, wanted, intent) => {
                         self.cpus[c].at += 1;
