@@ -10,6 +10,13 @@ use crate::protocol::{BlockData, Memory};
 /// The words of a page that is all zero.
 const ZERO: [u64; PAGE_WORDS] = [0; PAGE_WORDS];
 
+/// The pages from `next` on, before `end`, that are filled with zeros by one request: blocks that were parted may stay
+/// mappings of their own, and Linux 6.1 refuses a request over more than one.
+fn zeros_from(next: u32, end: u32) -> Range<u32> {
+    let block_end = (next / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES);
+    next..end.min(next.saturating_add(ZEROS_AT_ONCE as u32)).min(block_end)
+}
+
 /// After an error, which [`UffdMemory::failed`] keeps, an operation has changed nothing and what
 /// it returns means nothing.
 impl Memory<PAGE_WORDS> for UffdMemory {
@@ -110,7 +117,7 @@ impl Memory<PAGE_WORDS> for UffdMemory {
                 next += BLOCK_PAGES;
                 continue;
             }
-            let some = next..pages.end.min(next + ZEROS_AT_ONCE as u32);
+            let some = zeros_from(next, pages.end);
             next = some.end;
             let result = self.try_install_zeros(some);
             self.keep(result);
@@ -181,5 +188,19 @@ impl Memory<PAGE_WORDS> for UffdMemory {
                 fence(Ordering::Acquire);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_filled_in_within_blocks() {
+        let at_once = ZEROS_AT_ONCE as u32;
+        assert_eq!(zeros_from(BLOCK_PAGES - 8, BLOCK_PAGES + 8), BLOCK_PAGES - 8..BLOCK_PAGES);
+        assert_eq!(zeros_from(BLOCK_PAGES, BLOCK_PAGES + 8), BLOCK_PAGES..BLOCK_PAGES + 8);
+        assert_eq!(zeros_from(3, 500), 3..3 + at_once);
+        assert_eq!(zeros_from(u32::MAX - 1, u32::MAX), u32::MAX - 1..u32::MAX);
     }
 }

@@ -96,6 +96,8 @@ impl Dsm {
                 });
             }
             if pages.is_empty() {
+                // What is left can't go.
+                evicting = false;
                 let waited = self.full.wait_timeout(guard, EVICTION_PATIENCE);
                 guard = waited.unwrap_or_else(PoisonError::into_inner).0;
                 continue;

@@ -326,7 +326,8 @@ impl<const W: usize> Engine<W> {
             }
         }
         let migratory = !write && alone && self.directory.write_shared.is_migratory(page);
-        if write || migratory {
+        // What home asks for itself it may ask for another's sake: an eviction.
+        if migratory || (write && from != self.me) {
             self.directory.write_shared.note(page);
         }
         let mut acks = NodeSet::new();

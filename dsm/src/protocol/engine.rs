@@ -372,13 +372,22 @@ impl<const W: usize> Engine<W> {
             (_, true) => self.counters.write_faults += 1,
             (_, false) => self.counters.read_faults += 1,
         }
+        self.note_writer(page, write);
         self.request(page, write, memory, out);
+    }
+
+    /// Somebody here is to write a page.
+    fn note_writer(&mut self, page: u32, write: bool) {
+        if write && self.geometry.home(page) == self.me {
+            self.directory.write_shared.note(page);
+        }
     }
 
     /// As a fault that nobody waits for yet.
     fn prefetch(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         if !self.access[page as usize].allows(write) && !self.is_pending(page) {
             self.counters.prefetches += 1;
+            self.note_writer(page, write);
             self.request(page, write, memory, out);
         }
     }

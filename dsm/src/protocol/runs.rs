@@ -20,6 +20,9 @@ fn fetch<const W: usize>(page: u32, requester: NodeId, write: bool) -> Message<W
 impl<const W: usize> Engine<W> {
     /// Makes runs of what home asks for itself.
     pub(super) fn join_fetches(&self, out: &mut Output<W>) {
+        if out.sends.len() < 2 {
+            return;
+        }
         let mut joined: Vec<(NodeId, Message<W>)> = Vec::with_capacity(out.sends.len());
         for (to, message) in out.sends.drain(..) {
             let next = match &message {

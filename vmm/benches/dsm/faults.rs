@@ -131,7 +131,9 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         bench.peer.run(job)?;
         write.run(bench, job)?;
 
-        // Pages of their own each round: after an upgrade the next read would bring the right to write.
+        // Pages of their own each round: after an upgrade the next read would bring the right to write. In order, but
+        // a fault each.
+        bench.node.dsm.read_ahead(false);
         let job = Job::forward(Touch::Read, arena(2) + round * TOUCHES * 2 * 4096, TOUCHES);
         bench.peer.run(Job {
             touch: Touch::Write,
@@ -153,6 +155,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
                 ..job
             },
         )?;
+        bench.node.dsm.read_ahead(true);
 
         let page = arena(0) - 4096;
         let turn = |parity| Job {

@@ -14,22 +14,32 @@ const STRIDE: u64 = 4;
 const MISSES: u64 = 4096;
 const BASE: u64 = SHARE + ARENA;
 
-/// Bytes and microseconds.
+/// Bytes and microseconds, and the rate of each time.
 #[derive(Default)]
 struct Moved {
     bytes: f64,
     us: f64,
+    rates: Vec<f64>,
 }
 
 impl Moved {
     fn add(&mut self, pages: u64, us: f64) {
-        self.bytes += (pages * 4096) as f64;
+        let bytes = (pages * 4096) as f64;
+        self.bytes += bytes;
         self.us += us;
+        self.rates.push(bytes / us);
     }
 
     /// In MB/s.
     fn rate(&self) -> f64 {
         self.bytes / self.us
+    }
+
+    /// The median of the times, in MB/s.
+    fn median(&self) -> f64 {
+        let mut rates = self.rates.clone();
+        rates.sort_by(f64::total_cmp);
+        rates.get(rates.len() / 2).copied().unwrap_or_default()
     }
 }
 
@@ -160,6 +170,7 @@ fn measure_writes(bench: &mut Bench) -> anyhow::Result<()> {
     let pages = (rounds * PAGES) as f64;
     for Scan { name, moved, bare, faults, blocks, .. } in &scans {
         figures.floor(name, moved.rate(), "MB/s", bare.rate());
+        figures.floor(&format!("{name}, median"), moved.median(), "MB/s", bare.median());
         figures.plain(&format!("{name}, faults"), *faults as f64 / pages, "a page");
         figures.plain(&format!("{name}, in whole blocks"), *blocks as f64 * 512.0 / pages, "of the pages");
     }
@@ -199,6 +210,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.plain("guest reading pages that are here", present.rate(), "MB/s");
     for Scan { name, job, moved, bare, again, faults, blocks, .. } in &scans {
         figures.floor(name, moved.rate(), "MB/s", bare.rate());
+        figures.floor(&format!("{name}, median"), moved.median(), "MB/s", bare.median());
         figures.plain(&format!("{name}, {transport} with the same 256 KiB"), again.rate(), "MB/s");
         figures.plain(&format!("{name}, faults"), *faults as f64 / (rounds * job.count) as f64, "a page");
         figures.plain(&format!("{name}, in whole blocks"), *blocks as f64 * 512.0 / (rounds * job.count) as f64, "of the pages");
