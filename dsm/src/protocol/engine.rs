@@ -459,7 +459,8 @@ impl<const W: usize> Engine<W> {
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
             Message::Fetch { page, requester, write, acks, alone, table, done, migratory } => {
-                if from != self.geometry.home(page) || usize::from(requester) >= self.geometry.nodes() {
+                let nodes = self.geometry.nodes();
+                if from != self.geometry.home(page) || usize::from(requester) >= nodes || !acks.fits(nodes) {
                     return bad("Fetch", page);
                 }
                 if !matches!(self.access[page as usize], Access::Shared | Access::Exclusive) {
@@ -658,6 +659,9 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let bad = |what| Err(ProtocolError { from, what, page });
+        if !acks.fits(self.geometry.nodes()) {
+            return bad("an acknowledgement of a node that does not exist");
+        }
         match self.pending.get_mut(&page) {
             Some(pending) if pending.answer.is_none() => {
                 for early in pending.acks.iter() {

@@ -219,6 +219,17 @@ mod tests {
     }
 
     #[test]
+    fn acknowledgements_of_nodes_that_do_not_exist_are_refused() {
+        let [_, mut owner] = nodes();
+        let acks: NodeSet = [0, 414].into_iter().collect();
+        let fetch = Message::Fetch { page: 10, requester: 0, write: true, acks: acks.clone(), alone: false, table: false, done: true, migratory: false };
+        assert_eq!(step(&mut owner, from(0, fetch)), Err("Fetch"));
+        step(&mut owner, Input::Fault { page: 5, write: true }).unwrap();
+        let grant = Message::Grant { page: 5, zero: true, acks, done: false };
+        assert_eq!(step(&mut owner, from(0, grant)), Err("an acknowledgement of a node that does not exist"));
+    }
+
+    #[test]
     fn with_a_page_that_is_special_all_are_taken_one_by_one() {
         let [_, mut owner] = nodes();
         owner.plant(Bug::SendBeforeFreeze);
