@@ -93,7 +93,7 @@ impl Asks {
 
     /// A block by the page instead of whole, before all else.
     pub(super) fn not_whole(&mut self, first: u32) {
-        let intent = if self.writing.remove(&first) { Intent::Write } else { Intent::Read };
+        let intent = Intent::of(self.writing.remove(&first), true);
         for offset in (0..BLOCK_PAGES).step_by(AHEAD_AT_ONCE).rev() {
             self.pages.push_front((first.saturating_add(offset), (1 << AHEAD_AT_ONCE) - 1, intent));
         }
@@ -109,12 +109,7 @@ impl Asks {
         if write {
             self.writing.insert(first);
         }
-        let intent = match (write, self.moves) {
-            (false, _) => Intent::Read,
-            (true, false) => Intent::WriteUntouched,
-            (true, true) => Intent::Write,
-        };
-        Input::AheadBlock { first, intent }
+        Input::AheadBlock { first, intent: Intent::of(write, self.moves) }
     }
 
     /// What to ask for next, with so many pages and blocks under way.
@@ -166,11 +161,7 @@ impl Dsm {
         if let Some(state) = self.lock().as_mut() {
             let (room, block) = state.may_ask(page, write);
             let mut wanted = state.predictor(write).fault(thread, page, room, block);
-            let intent = match (write, wanted.far) {
-                (false, _) => Intent::Read,
-                (true, false) => Intent::WriteUntouched,
-                (true, true) => Intent::Write,
-            };
+            let intent = Intent::of(write, wanted.far);
             // Streams go either way.
             wanted.pages.sort_unstable();
             let mut rest = &wanted.pages[..];

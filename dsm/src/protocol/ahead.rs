@@ -134,13 +134,7 @@ impl<const W: usize> Engine<W> {
             }
         }
         // Frozen first, as every page that leaves.
-        let frozen = pages(first, held)
-            .filter(|page| self.access[*page as usize] == Access::Exclusive)
-            .fold(0, |set, page| set | 1 << (page - first));
-        for run in runs(first, frozen) {
-            self.access[run.start as usize..run.end as usize].fill(Access::Shared);
-            memory.protect_range(run);
-        }
+        runs(first, held).for_each(|run| self.freeze(run, memory));
         let mut data = Vec::with_capacity(held.count_ones() as usize);
         for page in pages(first, held) {
             let mut words = [0; W];

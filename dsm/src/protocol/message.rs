@@ -41,6 +41,15 @@ pub enum Intent {
 }
 
 impl Intent {
+    /// Of somebody who is so `sure` of what it expects that a page may be taken from who has written it, or not.
+    pub fn of(write: bool, sure: bool) -> Self {
+        match (write, sure) {
+            (false, _) => Intent::Read,
+            (true, false) => Intent::WriteUntouched,
+            (true, true) => Intent::Write,
+        }
+    }
+
     fn encode(self) -> u8 {
         match self {
             Intent::Read => 0,

@@ -63,6 +63,20 @@ impl<const W: usize> Engine<W> {
         }
     }
 
+    /// Pages that are here are read only from now on.
+    pub(super) fn freeze(&mut self, pages: Range<u32>, memory: &mut impl Memory<W>) {
+        let mut next = pages.start;
+        while next < pages.end {
+            let writable = |page: u32| self.access[page as usize] == Access::Exclusive;
+            let end = (next..pages.end).find(|page| writable(*page) != writable(next)).unwrap_or(pages.end);
+            if writable(next) {
+                self.access[next as usize..end as usize].fill(Access::Shared);
+                memory.protect_range(next..end);
+            }
+            next = end;
+        }
+    }
+
     /// As owner: home wants these pages for itself.
     pub(super) fn fetch_run(
         &mut self,
@@ -82,23 +96,14 @@ impl<const W: usize> Engine<W> {
             return pages.into_iter().try_for_each(|page| self.receive(from, fetch(page, from, write), memory, out));
         }
         // Frozen first, as every page that leaves.
-        let mut next = pages.start;
-        while next < pages.end {
-            let writable = |page: &u32| self.access[*page as usize] == Access::Exclusive;
-            let end = (next..pages.end).find(|page| writable(page) != writable(&next)).unwrap_or(pages.end);
-            if writable(&next) {
-                memory.protect_range(next..end);
-            }
-            next = end;
-        }
+        self.freeze(pages.clone(), memory);
         let mut data = vec![[0; W]; pages.len()];
         for (page, words) in pages.clone().zip(&mut data) {
             memory.read_into(page, words);
             self.given.remove(&page);
         }
-        let access = if write { Access::Invalid } else { Access::Shared };
-        self.access[pages.start as usize..pages.end as usize].fill(access);
         if write {
+            self.access[pages.start as usize..pages.end as usize].fill(Access::Invalid);
             memory.discard_run(pages.clone());
             pages.clone().for_each(|page| self.note_taken(page, out));
         }
