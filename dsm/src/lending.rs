@@ -1,10 +1,10 @@
-//! Which blocks this node, their home, keeps for a while instead of giving them away whole. Pure: time is told.
+//! Which blocks stay for a while with who has them, instead of going whole to who wants them next. Pure: time is
+//! told. This node, their home, decides that when another asks it for a block, and when it wants one back itself.
 //!
-//! A block given to a reader is lost to its home, page by page a fault until it has come back. So a block that is
-//! wanted back soon after it went stays for a while the next time it is asked for, longer each time. Soon is
-//! different for reads and writes: had the reader been given copies, home would read on without a fault, but
-//! its writes would be faults in any case. That a block can't be given again before home alone has all of it
-//! bounds the rest.
+//! A block given to a reader is lost to who had it. So a block that is wanted back soon after it went stays for a
+//! while the next time, and goes by the page; longer each time. Soon is different for reads and writes: had the
+//! reader been given copies, the other would read on without a fault, but its writes would be faults in any case; and
+//! who writes all of a block would have taken it from the other in any case, page by page.
 
 use std::collections::BTreeMap;
 
@@ -23,11 +23,13 @@ const MOST: usize = 1024;
 pub struct LendingCounters {
     /// Given whole.
     pub given: u64,
-    /// Of those, wanted back at all.
+    /// Taken back whole.
+    pub taken_back: u64,
+    /// Of all these, wanted back at all.
     pub wanted_back: u64,
     /// Of those, wanted back soon.
     pub contested: u64,
-    /// Blocks asked for that stayed because of that.
+    /// Blocks that were wanted and stayed because of that.
     pub kept: u64,
 }
 
@@ -35,13 +37,15 @@ pub struct LendingCounters {
 struct Lent {
     at: u64,
     to: usize,
+    /// To be written.
+    write: bool,
     /// Somebody has wanted a page of it since.
     back: bool,
     times: u8,
     until: u64,
 }
 
-/// Blocks that were given whole, by number.
+/// Blocks that went whole, by number.
 #[derive(Debug, Default)]
 pub struct Lending {
     blocks: BTreeMap<u32, Lent>,
@@ -49,15 +53,25 @@ pub struct Lending {
 }
 
 impl Lending {
-    /// The block was given whole to node `to` at `now` (us).
-    pub fn given(&mut self, block: u32, to: usize, now: u64) {
+    /// The block was given whole to node `to` at `now` (us), for it to write or to read.
+    pub fn given(&mut self, block: u32, to: usize, write: bool, now: u64) {
         self.counters.given += 1;
+        self.went(block, to, write, now);
+    }
+
+    /// The same, to home, which is node `me`.
+    pub fn taken_back(&mut self, block: u32, me: usize, write: bool, now: u64) {
+        self.counters.taken_back += 1;
+        self.went(block, me, write, now);
+    }
+
+    fn went(&mut self, block: u32, to: usize, write: bool, now: u64) {
         if self.blocks.len() >= MOST && !self.blocks.contains_key(&block) {
             let oldest = self.blocks.iter().min_by_key(|(_, lent)| lent.at).map(|(block, _)| *block);
             oldest.map(|block| self.blocks.remove(&block));
         }
         let lent = self.blocks.entry(block).or_default();
-        (lent.at, lent.to, lent.back) = (now, to, false);
+        (lent.at, lent.to, lent.write, lent.back) = (now, to, write, false);
     }
 
     /// Node `by` wants a page of the block that who has it must give up or share.
@@ -69,7 +83,7 @@ impl Lending {
         if by == lent.to {
             return;
         }
-        if now.saturating_sub(lent.at) >= if write { WRITE_SOON } else { READ_SOON } {
+        if now.saturating_sub(lent.at) >= if write || lent.write { WRITE_SOON } else { READ_SOON } {
             lent.times = 0;
             return;
         }
@@ -78,7 +92,7 @@ impl Lending {
         lent.times = (lent.times + 1).min(DOUBLINGS);
     }
 
-    /// Whether the block stays, although somebody asks for it.
+    /// Whether the block stays, although somebody wants it.
     pub fn keeps(&mut self, block: u32, now: u64) -> bool {
         let keeps = self.blocks.get(&block).is_some_and(|lent| now < lent.until);
         self.counters.kept += u64::from(keeps);
@@ -101,7 +115,7 @@ mod tests {
         let mut now = 1_000_000_000;
         for stay in [1, 2, 4, 8, 16, 32, 64, 64].map(|times| times * STAY) {
             assert!(!lending.keeps(7, now));
-            lending.given(7, 2, now);
+            lending.given(7, 2, false, now);
             lending.wanted(7, 0, false, now + READ_SOON - 1);
             // Only the first tells how soon it was.
             lending.wanted(7, 0, true, now + READ_SOON - 1);
@@ -110,23 +124,35 @@ mod tests {
             now += stay;
         }
         assert!(!lending.keeps(7, now));
-        lending.given(7, 2, now);
+        lending.given(7, 2, false, now);
         lending.wanted(7, 0, false, now + READ_SOON);
         assert!(!lending.keeps(7, now + READ_SOON));
-        lending.given(7, 2, now);
+        lending.given(7, 2, false, now);
         lending.wanted(7, 0, false, now + 1);
         assert!(lending.keeps(7, now + STAY) && !lending.keeps(7, now + 1 + STAY), "forgiven");
-        let expected = LendingCounters { given: 10, wanted_back: 10, contested: 9, kept: 9 };
+        let expected = LendingCounters { given: 10, wanted_back: 10, contested: 9, kept: 9, taken_back: 0 };
         assert_eq!(lending.counters(), expected);
+    }
+
+    #[test]
+    fn who_writes_it_all_would_have_taken_it_in_any_case() {
+        let mut lending = Lending::default();
+        lending.taken_back(1, 0, true, 0);
+        lending.wanted(1, 2, false, WRITE_SOON);
+        assert!(!lending.keeps(1, WRITE_SOON));
+        lending.taken_back(1, 0, false, WRITE_SOON);
+        lending.wanted(1, 2, false, 2 * WRITE_SOON);
+        assert!(lending.keeps(1, 2 * WRITE_SOON));
+        assert_eq!(lending.counters(), LendingCounters { taken_back: 2, wanted_back: 2, contested: 1, kept: 1, given: 0 });
     }
 
     #[test]
     fn a_write_may_come_sooner_than_a_read() {
         let mut lending = Lending::default();
-        lending.given(1, 2, 0);
+        lending.given(1, 2, false, 0);
         lending.wanted(1, 0, true, WRITE_SOON);
         assert!(!lending.keeps(1, WRITE_SOON));
-        lending.given(1, 2, WRITE_SOON);
+        lending.given(1, 2, false, WRITE_SOON);
         lending.wanted(1, 0, true, 2 * WRITE_SOON - 1);
         assert!(lending.keeps(1, 2 * WRITE_SOON));
     }
@@ -134,21 +160,21 @@ mod tests {
     #[test]
     fn who_has_a_block_and_asks_for_a_page_of_it_says_nothing_of_the_others() {
         let mut lending = Lending::default();
-        lending.given(1, 2, 0);
+        lending.given(1, 2, false, 0);
         lending.wanted(1, 2, false, 1);
         lending.wanted(1, 0, false, 2);
         assert!(!lending.keeps(1, 3));
-        lending.given(1, 2, 4);
+        lending.given(1, 2, false, 4);
         lending.wanted(1, 3, false, 5);
         assert!(lending.keeps(1, 6));
-        assert_eq!(lending.counters(), LendingCounters { given: 2, wanted_back: 2, contested: 1, kept: 1 });
+        assert_eq!(lending.counters(), LendingCounters { given: 2, wanted_back: 2, contested: 1, kept: 1, taken_back: 0 });
     }
 
     #[test]
     fn few_are_remembered() {
         let mut lending = Lending::default();
         for block in 0..2 * MOST as u32 {
-            lending.given(block, 2, u64::from(block));
+            lending.given(block, 2, false, u64::from(block));
             lending.wanted(block, 0, false, u64::from(block));
         }
         assert_eq!(lending.blocks.len(), MOST);

@@ -476,7 +476,11 @@ impl Dsm {
         if let Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } = &input {
             asks.whole(*page);
         }
-        let lent = lend(self.me, lending, &mut input, nanos(*begun) / 1000).map(|block| (block, engine.counters().blocks_out));
+        let moving = moving(self.me, engine, lending, &mut input, nanos(*begun) / 1000);
+        if let (Input::AheadBlock { first, .. }, Some(Moving { stays: true, .. })) = (&input, &moving) {
+            asks.not_whole(*first);
+            return false;
+        }
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -486,8 +490,9 @@ impl Dsm {
         out.completed.iter().for_each(|page| self.trace.mark(now, Stage::Installed, *page));
         self.transmit(out, encoded);
         out.not_given.drain(..).for_each(|first| asks.not_whole(first));
-        if let Some((block, _)) = lent.filter(|(_, before)| engine.counters().blocks_out > *before) {
-            lending.given(block, from, nanos(*begun) / 1000);
+        if let Some(Moving { block, to, write, .. }) = moving.filter(|moving| moving.count(self.me, engine) > moving.before) {
+            let now = nanos(*begun) / 1000;
+            if to == self.me { lending.taken_back(block, to, write, now) } else { lending.given(block, to, write, now) }
         }
         let waits = faulted.is_some_and(|(page, ..)| engine.is_pending(page));
         if let Some((page, write, since)) = faulted {
@@ -610,25 +615,54 @@ fn nanos(begun: Instant) -> u64 {
     begun.elapsed().as_nanos() as u64
 }
 
-/// What the protocol is to know of a block asked for whole, or a page asked for: its block, if that was asked for.
-fn lend(me: usize, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<u32> {
-    if let Input::Ahead { first, intent, .. } = *input {
-        lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now);
+/// A block of this home that may go whole to a node.
+struct Moving {
+    block: u32,
+    to: usize,
+    write: bool,
+    /// It shall not, if this node wants it.
+    stays: bool,
+    /// What [`Moving::count`] was before.
+    before: u64,
+}
+
+impl Moving {
+    /// Blocks that went whole where this one may go.
+    fn count(&self, me: usize, engine: &Engine<PAGE_WORDS>) -> u64 {
+        let counters = engine.counters();
+        if self.to == me { counters.blocks_asked } else { counters.blocks_out }
     }
-    let Input::Message { from, message } = input else { return None };
-    match *message {
-        Message::Get { page, write, .. } => {
-            lending.wanted(page / BLOCK_PAGES, usize::from(*from), write, now);
-            None
+}
+
+/// What is about to be wanted of this home's blocks is noted. The block that may go whole, if one may.
+fn moving(me: usize, engine: &Engine<PAGE_WORDS>, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<Moving> {
+    let (block, to, write, stays) = match *input {
+        Input::Ahead { first, intent, .. } => {
+            lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now);
+            return None;
         }
-        Message::AskBlock { page, .. } => {
-            if lending.keeps(page / BLOCK_PAGES, now) {
-                *input = Input::KeepBlock { to: *from, first: page };
+        Input::AheadBlock { first, intent } if first < engine.geometry().pages() && usize::from(engine.geometry().home(first)) == me => {
+            let (block, write) = (first / BLOCK_PAGES, intent != Intent::Read);
+            lending.wanted(block, me, write, now);
+            (block, me, write, lending.keeps(block, now))
+        }
+        Input::Message { from, message: Message::Get { page, write, .. } } => {
+            lending.wanted(page / BLOCK_PAGES, usize::from(from), write, now);
+            return None;
+        }
+        Input::Message { from, message: Message::AskBlock { page, intent } } => {
+            let block = page / BLOCK_PAGES;
+            let keeps = lending.keeps(block, now);
+            if keeps {
+                *input = Input::KeepBlock { to: from, first: page };
             }
-            Some(page / BLOCK_PAGES)
+            (block, usize::from(from), intent != Intent::Read, keeps)
         }
-        _ => None,
-    }
+        _ => return None,
+    };
+    let mut moving = Moving { block, to, write, stays, before: 0 };
+    moving.before = moving.count(me, engine);
+    Some(moving)
 }
 
 /// Notes what a message says of who had a page that threads here wait for.

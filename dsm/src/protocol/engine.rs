@@ -183,6 +183,9 @@ pub struct Engine<const W: usize> {
     pub(super) ahead: BTreeMap<u32, Asked>,
     /// Blocks asked for by [`Message::AskBlock`], by their first page.
     pub(super) blocks: BTreeMap<u32, Awaited<W>>,
+    /// As home: blocks asked for by [`Message::FetchBlock`] of which nothing has come, by their first page, and their
+    /// owners.
+    pub(super) taking: BTreeMap<u32, NodeId>,
     pub(super) directory: Directory<W>,
     pub(super) tables: Tables<W>,
     pub(super) fence: Fence<W>,
@@ -228,6 +231,7 @@ impl<const W: usize> Engine<W> {
             pending: BTreeMap::new(),
             ahead: BTreeMap::new(),
             blocks: BTreeMap::new(),
+            taking: BTreeMap::new(),
             tables: Tables::new(image),
             fence: Fence::default(),
             given: BTreeMap::new(),
@@ -455,6 +459,7 @@ impl<const W: usize> Engine<W> {
             Message::Freed { id } => self.freed(from, id, out)?,
             Message::Evict { page, count } => self.home_evict_run(from, page, count, memory, out)?,
             Message::FetchRun { page, count, write } => self.fetch_run(from, page, count, write, memory, out)?,
+            Message::FetchBlock { page } => self.fetch_block(from, page, memory, out)?,
             Message::DataRun { page, write, data } => self.data_run(from, page, write, data, memory, out)?,
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,
             Message::Dropped { page, changes } => self.home_dropped(from, page, changes, memory, out)?,
@@ -529,6 +534,7 @@ impl<const W: usize> Engine<W> {
                 if !expected || self.access[page as usize] != Access::Invalid || !(1..=pte::ROOT_LEVEL).contains(&level) {
                     return bad("Replica", page);
                 }
+                self.comes_by_the_page(page);
                 self.counters.pages_in += 1;
                 out.completed.push(page);
                 memory.install(page, &data, true);
@@ -694,6 +700,7 @@ impl<const W: usize> Engine<W> {
             return Ok(());
         }
         let pending = self.pending.remove(&page).expect("just seen");
+        self.comes_by_the_page(page);
         out.completed.push(page);
         let mut shared = false;
         let access = &mut self.access[page as usize];

@@ -71,6 +71,7 @@ impl<const W: usize> Engine<W> {
             }
         }
         self.end_blocks(node, out);
+        self.end_taking(node);
         let pages: Vec<u32> = self.pending.keys().copied().collect();
         for page in pages {
             let home = self.geometry.home(page);

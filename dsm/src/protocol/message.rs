@@ -123,6 +123,9 @@ pub enum Message<const W: usize> {
     FetchRun { page: u32, count: u32, write: bool },
     /// Owner to home: the pages. As so many a Data with `done`.
     DataRun { page: u32, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
+    /// Home to owner: send me your pages of the block that starts with this one. As so many a Fetch to write with
+    /// `alone` and `done`, for home itself; answered by a GivenBlock, or by the page.
+    FetchBlock { page: u32 },
     /// Requester to home: I expect to use these pages, from `page` on: bit n of `wanted` is the nth. Give me those
     /// that cost nobody anything.
     Ask { page: u32, wanted: u64, intent: Intent },
@@ -132,7 +135,7 @@ pub enum Message<const W: usize> {
     /// Requester to home: I expect to use this whole block, which starts with `page`, and more. Make it mine if that
     /// costs nobody anything.
     AskBlock { page: u32, intent: Intent },
-    /// Home to requester: whether the block is yours now, all of it, to write.
+    /// Home to requester, or owner to home: whether the block is yours now, all of it, to write.
     GivenBlock { page: u32, content: BlockContent<W> },
     /// To home: the guest has no use for these pages; tell me when nobody has them any more.
     Free { id: u32, first: u32, count: u32 },
@@ -247,6 +250,7 @@ impl<const W: usize> Message<W> {
                 out.extend(count.to_le_bytes());
                 out.push(u8::from(*write));
             }
+            FetchBlock { page } => head(out, 31, *page),
             DataRun { page, write, data } => {
                 head(out, 30, *page);
                 out.push(u8::from(*write));
@@ -350,6 +354,7 @@ impl<const W: usize> Message<W> {
             14 => Dropped { page, changes: r.changes()? },
             22 => Evict { page, count: r.u32()? },
             29 => FetchRun { page, count: r.u32()?, write: flag(r.u8()?, 0) },
+            31 => FetchBlock { page },
             30 => {
                 let (write, count) = (flag(r.u8()?, 0), r.u32()?);
                 if count > MAX_RUN {
@@ -418,6 +423,7 @@ impl<const W: usize> Message<W> {
                 | Grant { .. }
                 | Fetch { .. }
                 | FetchRun { .. }
+                | FetchBlock { .. }
                 | Invalidate { .. }
                 | InvalidateAck { .. }
                 | Done { .. }
@@ -435,7 +441,7 @@ impl<const W: usize> Message<W> {
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page, .. } | FetchRun { page, .. } | DataRun { page, .. } => Some(page),
-            Ask { page, .. } | Given { page, .. } | AskBlock { page, .. } | GivenBlock { page, .. } => Some(page),
+            Ask { page, .. } | Given { page, .. } | AskBlock { page, .. } | GivenBlock { page, .. } | FetchBlock { page } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
         }
     }
@@ -590,6 +596,7 @@ mod tests {
             Ask { page: 9, wanted: 1, intent: Intent::WriteUntouched },
             Given { page: 9, wanted: 0b101, given: 0b100, zeros: 0, write: false, data: vec![[3, 4]] },
             Given { page: 9, wanted: 7, given: 7, zeros: 2, write: true, data: vec![[3, 4], [5, 6]] },
+            FetchBlock { page: 512 },
             AskBlock { page: 512, intent: Intent::Read },
             AskBlock { page: 512, intent: Intent::WriteUntouched },
             GivenBlock { page: 512, content: BlockContent::Stays },

@@ -10,6 +10,7 @@
 //! ARCHITECTURE.md holds the argument: states, invariants, and why replicated tables are sound.
 
 mod ahead;
+mod back;
 mod block_data;
 mod directory;
 mod engine;

@@ -13,7 +13,7 @@ use super::message::{MAX_RUN, Message, NodeId};
 use super::node_set::NodeSet;
 
 /// What one Fetch of a run is.
-fn fetch<const W: usize>(page: u32, requester: NodeId, write: bool) -> Message<W> {
+pub(super) fn fetch<const W: usize>(page: u32, requester: NodeId, write: bool) -> Message<W> {
     Message::Fetch { page, requester, write, acks: NodeSet::new(), alone: true, table: false, done: true, migratory: false }
 }
 
@@ -133,6 +133,7 @@ impl<const W: usize> Engine<W> {
                 self.answer(from, page, NodeSet::new(), answer, memory, out)
             });
         }
+        self.comes_by_the_page(first);
         memory.install_range(first, &data, write);
         self.access[pages.start as usize..pages.end as usize].fill(if write { Access::Exclusive } else { Access::Shared });
         self.counters.pages_in += data.len() as u64;

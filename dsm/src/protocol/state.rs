@@ -6,7 +6,7 @@ use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -59,6 +59,7 @@ impl<const W: usize> Engine<W> {
             && engine.pending.keys().chain(engine.ahead.keys()).chain(engine.given.keys()).all(|page| (*page as usize) < pages)
             && engine.blocks_fit()
             && engine.directory.fits(engine.me, geometry)
+            && engine.taking_fits()
             && engine.tables.fits(geometry)
             && engine.access.iter().filter(|access| **access == Access::Replicated).count() == engine.tables.len()
             && engine.tables.held().into_iter().all(|page| engine.access[page as usize] == Access::Replicated);

@@ -23,7 +23,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::Bug;
-use super::block_data::{BlockContent, BlockData};
+use super::block_data::BlockContent;
 use super::engine::{Access, Engine, Output, ProtocolError};
 use super::memory::Memory;
 use super::message::{Intent, Message, NodeId};
@@ -64,7 +64,7 @@ impl<const W: usize> Engine<W> {
     }
 
     /// The first page of the block a page is in.
-    fn block_of(&self, page: u32) -> u32 {
+    pub(super) fn block_of(&self, page: u32) -> u32 {
         page - page % self.zero_block
     }
 
@@ -102,16 +102,20 @@ impl<const W: usize> Engine<W> {
         }
     }
 
-    /// Blocks asked for that have not come yet.
+    /// Blocks asked for that have not come yet, be it by home.
     pub fn asked_blocks(&self) -> usize {
-        self.blocks.len()
+        self.blocks.len() + self.taking.len()
     }
 
-    /// Asks for the whole block from `first` on, if it has another home than this, no page of it can be written here
+    /// Asks for the whole block from `first` on. If this is its home, as [`Engine::take_block_back`] says; else if no page of it can be written here
     /// or was asked for to be, some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`]
     /// come before it.
     /// `out.not_given` says what won't come.
     pub(super) fn ask_block(&mut self, first: u32, intent: Intent, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let block = self.block_from(first).filter(|_| self.geometry.home(first) == self.me);
+        if block.is_some_and(|block| self.take_block_back(block, intent, memory, out)) {
+            return;
+        }
         let askable = self.block_from(first).is_some_and(|block| {
             let some = self.access[block.start as usize..block.end as usize].contains(&Access::Invalid);
             some && !self.blocks.contains_key(&first) && self.may_await(&block)
@@ -188,26 +192,16 @@ impl<const W: usize> Engine<W> {
         for page in block.clone() {
             *self.directory.place(page) = Place::owned(to, NodeSet::new());
         }
-        self.counters.blocks_out += 1;
         if untouched.len() == block.len() {
+            self.counters.blocks_out += 1;
             return BlockContent::Zeros;
         }
         for page in untouched {
             memory.install_zeros(page..page + 1);
             self.access[page as usize] = Access::Exclusive;
         }
-        let early = (self.bug == Some(Bug::BlockBeforeFreeze))
-            .then(|| BlockData::new(block.clone().map(|page| *memory.read(page)).collect::<Vec<_>>()));
-        // Frozen first, as every page that leaves.
-        let data = memory.take_out(block.clone());
         self.directory.write_shared.unmark_all(block.clone());
-        self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
-        let given: Vec<u32> = self.given.range(block.clone()).map(|(page, _)| *page).collect();
-        for page in given {
-            self.given.remove(&page);
-        }
-        self.counters.pages_out += block.len() as u64;
-        BlockContent::Pages(early.unwrap_or(data))
+        BlockContent::Pages(self.take_out(block, memory))
     }
 
     /// Home's answer: the block, or that it won't come.
@@ -220,7 +214,11 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let bad = Err(ProtocolError { from, what: "a GivenBlock nobody asked for", page: first });
-        if from != self.geometry.home(first) {
+        let home = self.geometry.home(first);
+        if let Some(block) = self.block_from(first).filter(|_| home == self.me) {
+            return self.block_is_back(from, block, content, memory, out);
+        }
+        if from != home {
             return bad;
         }
         let (Some(awaited), Some(block)) = (self.blocks.remove(&first), self.block_from(first)) else { return bad };
@@ -277,7 +275,7 @@ impl<const W: usize> Engine<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{EngineState, Geometry, Input, PageData, StateError};
+    use super::super::{BlockData, EngineState, Geometry, Input, PageData, StateError};
     use super::*;
 
     /// Memory that notes what is done to it.

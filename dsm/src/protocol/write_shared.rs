@@ -81,6 +81,11 @@ impl WriteShared {
         self.marks.range(pages).any(|(_, at)| self.given - at < RECENT)
     }
 
+    /// Whether that is so, or one of them went to a writer very shortly ago.
+    pub(super) fn any_written(&self, pages: Range<u32>) -> bool {
+        self.written.iter().any(|page| pages.contains(page)) || self.migrates(pages)
+    }
+
     /// Whether that is so of this page, or it went to a writer very shortly ago.
     pub(super) fn is_written(&self, page: u32) -> bool {
         self.written.contains(&page) || self.migrates(page..page + 1)

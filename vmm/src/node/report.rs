@@ -95,8 +95,8 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
         figures["read_ahead"] = json!(ahead);
         let lending = dsm.map(Dsm::lending).unwrap_or_default();
         line += &format!(
-            "; whole blocks: {} asked for ({} not given), {} given ({} of them wanted back, {} of those soon), {} kept for that",
-            c.blocks_asked, c.blocks_refused, lending.given, lending.wanted_back, lending.contested, lending.kept
+            "; whole blocks: {} asked for ({} not given), {} given, {} taken back ({} of them wanted back, {} of those soon), {} kept for that",
+            c.blocks_asked, c.blocks_refused, lending.given, lending.taken_back, lending.wanted_back, lending.contested, lending.kept
         );
         figures["lending"] = json!(lending);
         let waited = dsm.map(Dsm::waited).unwrap_or_default();

@@ -6,9 +6,9 @@ use super::world::{Cpu, Op, World};
 
 use Op::*;
 
-const ANY: &[usize] = &[0, 1, 2];
+pub(super) const ANY: &[usize] = &[0, 1, 2];
 
-fn ends(_: &World) -> Result<(), String> {
+pub(super) fn ends(_: &World) -> Result<(), String> {
     Ok(())
 }
 

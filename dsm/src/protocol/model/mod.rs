@@ -2,6 +2,7 @@
 //! middle of an engine's step, on the very code that ships.
 
 mod ahead;
+mod back;
 mod losses;
 mod scenarios;
 mod world;
