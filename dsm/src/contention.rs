@@ -5,7 +5,8 @@
 //!
 //! Pure: times come in as microseconds since some start.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -55,7 +56,7 @@ pub struct HotPage {
 /// The contended pages of one node.
 #[derive(Debug, Default)]
 pub struct Contention {
-    pages: HashMap<u32, Page>,
+    pages: BTreeMap<u32, Page>,
     bounces: u64,
 }
 
@@ -101,11 +102,12 @@ impl Contention {
         told
     }
 
-    /// A page that was waited for has come.
-    pub fn arrived(&mut self, page: u32, now: u64) {
-        if let Some(entry) = self.pages.get_mut(&page) {
+    /// Pages have come. Which of them were waited for, be it before.
+    pub fn arrived(&mut self, pages: Range<u32>, now: u64) -> impl Iterator<Item = u32> {
+        self.pages.range_mut(pages).map(move |(page, entry)| {
             entry.arrived = Some(now);
-        }
+            *page
+        })
     }
 
     /// A page was taken away.
@@ -155,7 +157,7 @@ mod tests {
 
     fn bounce(contention: &mut Contention, page: u32, thread: u32, at: u64) {
         contention.fault(page, thread);
-        contention.arrived(page, at);
+        contention.arrived(page..page + 1, at).for_each(drop);
         contention.taken(page, at + 100);
     }
 
@@ -166,7 +168,7 @@ mod tests {
         c.taken(7, 200);
         assert_eq!(c.bounces(), 1, "it had not come again");
         c.fault(7, 1);
-        c.arrived(7, 1000);
+        c.arrived(0..8, 1000).for_each(drop);
         c.taken(7, 1000 + BOUNCE);
         assert_eq!(c.bounces(), 1, "it stayed for long");
         c.taken(8, 5);

@@ -476,7 +476,7 @@ impl Dsm {
         if let Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } = &input {
             asks.whole(*page);
         }
-        let moving = moving(self.me, engine, lending, &mut input, nanos(*begun) / 1000);
+        let moving = moving(self.me, engine, lending, &mut input, || nanos(*begun) / 1000);
         if let (Input::AheadBlock { first, .. }, Some(Moving { stays: true, .. })) = (&input, &moving) {
             asks.not_whole(*first);
             return false;
@@ -517,16 +517,16 @@ impl Dsm {
         if let Some(page) = wanted.filter(|page| result.is_ok() && is_taken(page)) {
             contention.taken(page, nanos(*begun) / 1000);
         }
-        for page in out.completed.drain(..) {
-            cache.came(page);
-            let now = nanos(*begun);
-            contention.arrived(page, now / 1000);
-            stalls.arrived(page, now, |thread, node| contention.fetched(page, thread, node));
-            // It came with its block, and somebody had asked for it before.
-            if engine.access(page) == Access::Invalid {
-                contention.taken(page, now / 1000);
-            }
+        let now = nanos(*begun);
+        for run in out.completed.chunk_by(|one, next| one + 1 == *next) {
+            let pages = run[0]..run[0] + run.len() as u32;
+            cache.came(pages.clone());
+            let here: Vec<u32> = contention.arrived(pages.clone(), now / 1000).collect();
+            stalls.arrived(pages, now, |page, thread, node| contention.fetched(page, thread, node));
+            // These came with their block, and somebody had asked for them before.
+            here.iter().filter(|page| engine.access(**page) == Access::Invalid).for_each(|page| contention.taken(*page, now / 1000));
         }
+        out.completed.clear();
         if memory.copies() != copies {
             self.copies_changed(cache, copies, memory.copies());
         }
@@ -635,24 +635,24 @@ impl Moving {
 }
 
 /// What is about to be wanted of this home's blocks is noted. The block that may go whole, if one may.
-fn moving(me: usize, engine: &Engine<PAGE_WORDS>, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: u64) -> Option<Moving> {
+fn moving(me: usize, engine: &Engine<PAGE_WORDS>, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: impl Fn() -> u64) -> Option<Moving> {
     let (block, to, write, stays) = match *input {
         Input::Ahead { first, intent, .. } => {
-            lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now);
+            lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now());
             return None;
         }
         Input::AheadBlock { first, intent } if first < engine.geometry().pages() && usize::from(engine.geometry().home(first)) == me => {
-            let (block, write) = (first / BLOCK_PAGES, intent != Intent::Read);
+            let (block, write, now) = (first / BLOCK_PAGES, intent != Intent::Read, now());
             lending.wanted(block, me, write, now);
             (block, me, write, lending.keeps(block, now))
         }
         Input::Message { from, message: Message::Get { page, write, .. } } => {
-            lending.wanted(page / BLOCK_PAGES, usize::from(from), write, now);
+            lending.wanted(page / BLOCK_PAGES, usize::from(from), write, now());
             return None;
         }
         Input::Message { from, message: Message::AskBlock { page, intent } } => {
             let block = page / BLOCK_PAGES;
-            let keeps = lending.keeps(block, now);
+            let keeps = lending.keeps(block, now());
             if keeps {
                 *input = Input::KeepBlock { to: from, first: page };
             }
@@ -665,31 +665,22 @@ fn moving(me: usize, engine: &Engine<PAGE_WORDS>, lending: &mut Lending, input: 
     Some(moving)
 }
 
-/// Notes what a message says of who had a page that threads here wait for.
+/// Notes what a message says of who had pages that threads here wait for.
 fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
-    match message {
-        Message::Data { page, .. } | Message::Replica { page, .. } | Message::Demoted { page, .. } => {
-            stalls.answered(*page, from, Part::Sent);
-        }
-        Message::DataRun { page, data, .. } => {
-            (0..data.len() as u32).for_each(|n| stalls.answered(page.saturating_add(n), from, Part::Sent));
-        }
+    let (page, count, part) = match message {
+        Message::Data { page, .. } | Message::Replica { page, .. } | Message::Demoted { page, .. } => (*page, 1, Part::Sent),
+        Message::DataRun { page, data, .. } => (*page, data.len() as u32, Part::Sent),
+        Message::GivenBlock { page, content: BlockContent::Zeros } => (*page, BLOCK_PAGES, Part::Granted),
+        Message::GivenBlock { page, content: BlockContent::Pages(_) } => (*page, BLOCK_PAGES, Part::Sent),
+        Message::InvalidateAck { page } => (*page, 1, Part::Dropped),
+        Message::Grant { page, .. } => (*page, 1, Part::Granted),
         Message::Given { page, given, .. } => {
-            let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1);
-            bits.for_each(|bit| stalls.answered(page.saturating_add(bit), from, Part::Sent));
+            let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1).map(|bit| page.saturating_add(bit));
+            return bits.for_each(|page| stalls.answered(page..page.saturating_add(1), from, Part::Sent));
         }
-        Message::GivenBlock { page, content } => {
-            let part = match content {
-                BlockContent::Stays => return,
-                BlockContent::Zeros => Part::Granted,
-                BlockContent::Pages(_) => Part::Sent,
-            };
-            (*page..page.saturating_add(BLOCK_PAGES)).for_each(|page| stalls.answered(page, from, part));
-        }
-        Message::InvalidateAck { page } => stalls.answered(*page, from, Part::Dropped),
-        Message::Grant { page, .. } => stalls.answered(*page, from, Part::Granted),
-        _ => {}
-    }
+        _ => return,
+    };
+    stalls.answered(page..page.saturating_add(count), from, part);
 }
 
 /// One userfaultfd peaks at about four faulting CPUs.

@@ -3,7 +3,8 @@
 //! Pure: times come in as nanoseconds since some start. Nothing is allocated at a fault once a thread and its
 //! first pages were seen, and what is remembered is bounded.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::NodeId;
@@ -89,7 +90,8 @@ pub enum Part {
 pub struct Stalls {
     threads: Vec<Thread>,
     places: HashMap<u32, u32>,
-    pages: HashMap<u32, Page>,
+    /// Few: whole blocks are looked up in it.
+    pages: BTreeMap<u32, Page>,
     waited: Waited,
     renewed: u64,
     /// Where room for another thread is looked for next.
@@ -116,17 +118,24 @@ impl Stalls {
         }
     }
 
-    /// `node` did its part for a page, if somebody waits for it.
-    pub fn answered(&mut self, page: u32, node: NodeId, part: Part) {
-        if let Some(page) = self.pages.get_mut(&page) {
+    /// `node` did its part for those of the pages that somebody waits for.
+    pub fn answered(&mut self, pages: Range<u32>, node: NodeId, part: Part) {
+        for (_, page) in self.pages.range_mut(pages) {
             if page.source.is_none_or(|(_, before)| before <= part) {
                 page.source = Some((node, part));
             }
         }
     }
 
-    /// A page has come; `each` is called with every thread that waited for it, and who had it, if another node did.
-    pub fn arrived(&mut self, page: u32, now: u64, mut each: impl FnMut(u32, NodeId)) {
+    /// Pages have come; `each` is called with those that were waited for, every thread that did, and who had it, if
+    /// another node did.
+    pub fn arrived(&mut self, pages: Range<u32>, now: u64, mut each: impl FnMut(u32, u32, NodeId)) {
+        while let Some(page) = self.pages.range(pages.clone()).next().map(|(page, _)| *page) {
+            self.page_arrived(page, now, &mut each);
+        }
+    }
+
+    fn page_arrived(&mut self, page: u32, now: u64, each: &mut impl FnMut(u32, u32, NodeId)) {
         let Some(entry) = self.pages.remove(&page) else { return };
         self.waited.faults += 1;
         self.waited.total += Duration::from_nanos(now.saturating_sub(entry.since));
@@ -135,7 +144,7 @@ impl Stalls {
             thread.end(now);
             if let Some((node, _)) = entry.source {
                 thread.fetched(page, node);
-                each(thread.id, node);
+                each(page, thread.id, node);
             }
             place = thread.next;
         }
@@ -301,11 +310,11 @@ mod tests {
         s.fault(7, 1, 0);
         s.fault(7, 2, MS);
         s.fault(9, 3, 0);
-        s.answered(7, 5, Part::Granted);
-        s.answered(7, 4, Part::Sent);
-        s.answered(7, 6, Part::Dropped);
-        s.answered(8, 6, Part::Sent);
-        s.arrived(7, 3 * MS, |thread, node| told.push((thread, node)));
+        s.answered(7..8, 5, Part::Granted);
+        s.answered(7..8, 4, Part::Sent);
+        s.answered(7..8, 6, Part::Dropped);
+        s.answered(8..9, 6, Part::Sent);
+        s.arrived(7..8, 3 * MS, |_, thread, node| told.push((thread, node)));
         told.sort_unstable();
         assert_eq!(told, [(1, 4), (2, 4)]);
         let taken = s.take(4 * MS);
@@ -317,7 +326,7 @@ mod tests {
         assert_eq!((of(&taken, 1).stalled, of(&taken, 3).stalled), (0, MS));
         assert_eq!(sources(of(&taken, 1)), []);
         // Nobody else had it: a wait, but for no node.
-        s.arrived(9, 6 * MS, |_, _| panic!("no node had it"));
+        s.arrived(9..10, 6 * MS, |_, _, _| panic!("no node had it"));
         assert_eq!(s.take(7 * MS).iter().map(|t| t.stalled).sum::<u64>(), MS);
     }
 
@@ -330,8 +339,8 @@ mod tests {
         s.fault(7, 2, MS);
         s.fault(8, 2, 2 * MS);
         let mut told = Vec::new();
-        s.answered(7, 4, Part::Sent);
-        s.arrived(7, 3 * MS, |thread, _| told.push(thread));
+        s.answered(7..8, 4, Part::Sent);
+        s.arrived(7..8, 3 * MS, |_, thread, _| told.push(thread));
         assert_eq!(told, [3, 1]);
         s.failed(8, 5 * MS);
         let taken = s.take(9 * MS);
@@ -346,8 +355,8 @@ mod tests {
         let fetch = |s: &mut Stalls, pages: std::ops::Range<u32>, at: u64| {
             for page in pages {
                 s.fault(page, 1, at);
-                s.answered(page, 2, Part::Sent);
-                s.arrived(page, at, |_, _| ());
+                s.answered(page..page + 1, 2, Part::Sent);
+                s.arrived(page..page + 1, at, |_, _, _| ());
             }
         };
         for _ in 0..3 {
@@ -372,7 +381,7 @@ mod tests {
         }
         assert_eq!(s.take(0).len(), THREADS, "all of them wait");
         for thread in 1..=2 * THREADS as u32 {
-            s.arrived(thread, 0, |_, _| ());
+            s.arrived(thread..thread + 1, 0, |_, _, _| ());
         }
         s.take(0);
         s.fault(7, 10_000_000, 0);
@@ -381,8 +390,8 @@ mod tests {
         assert_eq!(s.places.len(), THREADS);
         for node in 0..100 {
             s.fault(1, 1, 0);
-            s.answered(1, node, Part::Sent);
-            s.arrived(1, 0, |_, _| ());
+            s.answered(1..2, node, Part::Sent);
+            s.arrived(1..2, 0, |_, _, _| ());
         }
     }
 }

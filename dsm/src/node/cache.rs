@@ -78,9 +78,10 @@ impl Cache {
         !self.home.contains(&page)
     }
 
-    /// A page came.
-    pub(super) fn came(&mut self, page: u32) {
-        if let (Some(chances), Some(evicted)) = (self.chances.get_mut(page as usize), self.evicted.get(page as usize)) {
+    /// Pages that exist came.
+    pub(super) fn came(&mut self, pages: Range<u32>) {
+        let pages = pages.start as usize..pages.end as usize;
+        for (chances, evicted) in self.chances[pages.clone()].iter_mut().zip(&self.evicted[pages]) {
             *chances = (1 + evicted).min(MOST_CHANCES);
         }
     }
@@ -125,11 +126,11 @@ mod tests {
     fn what_came_gets_a_chance_and_what_came_back_more() {
         let mut cache = Cache::new(8, 2..4, 100);
         for page in [0, 1, 5] {
-            cache.came(page);
+            cache.came(page..page + 1);
         }
         let here = |page: u32| [0, 1, 2, 5].contains(&page);
         assert_eq!(cache.choose(1, here), [0], "the first whose chance was taken");
-        cache.came(0);
+        cache.came(0..1);
         assert_eq!(cache.choose(2, here), [1, 5], "page 0 has two chances now");
         assert_eq!(cache.choose(2, |page| page == 0), [0], "once");
         assert_eq!(cache.choose(1, |_| false), [0; 0], "nothing is here: an end");

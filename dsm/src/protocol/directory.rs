@@ -150,12 +150,10 @@ impl<const W: usize> Directory<W> {
 
     /// Whether a page homed here is `owner`'s, and nobody else has a copy but perhaps `reader`.
     pub(super) fn is_alone(&self, page: u32, owner: NodeId, reader: NodeId) -> bool {
-        match self.places[(page - self.first) as usize].clone().into_owned() {
-            Ok((of, mut sharers)) => {
-                sharers.remove(reader);
-                of == owner && sharers.is_empty()
-            }
-            Err(_) => false,
+        match &self.places[(page - self.first) as usize] {
+            Place::Owned { owner: of, sharers } => *of == owner && sharers.is_within(reader),
+            // More of them than one.
+            _ => false,
         }
     }
 

@@ -23,6 +23,11 @@ impl Few {
         self.as_slice().contains(&node)
     }
 
+    /// Whether no other node is in it.
+    pub(super) fn is_within(&self, node: NodeId) -> bool {
+        self.as_slice().iter().all(|member| *member == node)
+    }
+
     /// Whether there was room for it, or it was there already.
     fn insert(&mut self, node: NodeId) -> bool {
         let len = usize::from(self.len);
