@@ -26,7 +26,7 @@ const LAST_WINDOW: u32 = 1024;
 const LONG: u32 = 64;
 const BLOCKS_WINDOW: u32 = 2048;
 /// Pages after which a stream has come so far that it may take pages from others.
-const FAR: u32 = 32;
+const FAR: u32 = 16;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
 const MEMORY: u64 = 16384;
 /// Pages that may be wasted before anything is believed less.

@@ -132,10 +132,10 @@ fn streams_of_writes_take_memory_nobody_wrote_without_data() {
 #[test]
 fn streams_of_writes_take_what_others_wrote_once_they_are_long() {
     let nodes = two();
-    writes(&nodes[0], PAGES..PAGES + 30);
+    writes(&nodes[0], PAGES..PAGES + 14);
     let c = nodes[0].counters();
-    assert_eq!((c.write_faults, c.pages_in), (30, 30), "thirty pages may be all");
-    writes(&nodes[0], PAGES + 30..2 * PAGES);
+    assert_eq!((c.write_faults, c.pages_in), (14, 14), "fourteen pages may be all");
+    writes(&nodes[0], PAGES + 14..2 * PAGES);
     let c = nodes[0].counters();
     println!("{} faults, {} asked for, {} not given, {} blocks", c.write_faults, c.prefetches, c.prefetches_refused, c.blocks_in);
     assert!(c.write_faults < 1000, "{} faults for {PAGES} pages", c.write_faults);

@@ -2,7 +2,7 @@
 //!
 //! A node that expects to read pages asks their home for all of them at once. Home gives copies of those
 //! it owns itself, in one message, and refuses the rest: what another node owns, what is busy, a page
-//! table, and a page that went to a writer a short while ago. A refusal changes nothing anywhere. What is
+//! table, and a page that went to another writer a short while ago. A refusal changes nothing anywhere. What is
 //! given is given as to a reader whose request home answers itself, so nobody says Done: whatever home sends
 //! next about the page comes behind it. It is migratory no longer.
 //!
@@ -101,7 +101,7 @@ impl<const W: usize> Engine<W> {
                 Some((owner, false)) if owner != self.me => owner,
                 _ => continue,
             };
-            let spare = self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page);
+            let spare = self.tables.level(page).is_none() && !self.directory.write_shared.is_written(page, self.me);
             if spare && (!write || self.directory.is_alone(page, owner, owner)) {
                 self.counters.prefetches += 1;
                 self.directory.write_shared.unmark(page);
@@ -168,7 +168,7 @@ impl<const W: usize> Engine<W> {
         }
         let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
         let alone = !write || self.directory.is_alone(page, owner, from) || self.bug == Some(Bug::GivenDespiteReaders);
-        let migrates = self.directory.write_shared.is_written(page);
+        let migrates = self.directory.write_shared.is_written(page, from);
         Ok(owner == self.me && here && alone && self.tables.level(page).is_none() && !migrates)
     }
 

@@ -59,7 +59,7 @@ impl<const W: usize> Engine<W> {
             && quiet
             && access.contains(&Access::Invalid)
             && access.iter().all(|access| matches!(access, Access::Invalid | Access::Shared))
-            && !self.directory.write_shared.any_written(block.clone())
+            && !self.directory.write_shared.migrates(block.clone())
             && block.clone().all(free);
         fits.then_some(*owner)
     }

@@ -127,7 +127,7 @@ impl<const W: usize> Directory<W> {
             self.busy.contains_key(page) && !queue.is_empty() && from.len() == queue.len() && from.into_iter().all(node)
         };
         known.copied().all(|page| homed.contains(&page))
-            && self.write_shared.fits(&homed)
+            && self.write_shared.fits(&homed, nodes)
             && owners_fit
             && self.freeing == freeing
             && self.masters.keys().copied().eq(replicated)
@@ -326,7 +326,7 @@ impl<const W: usize> Engine<W> {
         let migratory = !write && alone && self.directory.write_shared.is_migratory(page);
         // What home asks for itself it may ask for another's sake: an eviction.
         if migratory || (write && from != self.me) {
-            self.directory.write_shared.note(page);
+            self.directory.write_shared.note(page, from);
         }
         let mut acks = NodeSet::new();
         if write {

@@ -383,7 +383,7 @@ impl<const W: usize> Engine<W> {
     /// Somebody here is to write a page.
     fn note_writer(&mut self, page: u32, write: bool) {
         if write && self.geometry.home(page) == self.me {
-            self.directory.write_shared.note(page);
+            self.directory.write_shared.note(page, self.me);
         }
     }
 

@@ -10,7 +10,9 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// Pages written last that are not given to those who only expect to read them.
+use super::message::NodeId;
+
+/// Pages written last that are not given to others who only expect to use them.
 const WRITTEN: usize = 64;
 /// The same for migratory ones: as long as so many pages have not gone to writers since.
 const RECENT: u64 = 1024;
@@ -22,14 +24,15 @@ pub(super) struct WriteShared {
     marks: BTreeMap<u32, u64>,
     /// How often a page of this home went to a writer.
     given: u64,
-    /// The pages that did so last, newest last; each once.
-    written: VecDeque<u32>,
+    /// The pages that did so last, newest last, each once; and the writer.
+    written: VecDeque<(u32, NodeId)>,
 }
 
 impl WriteShared {
-    /// Whether all of it is about pages of `homed`, and agrees with itself.
-    pub(super) fn fits(&self, homed: &Range<u32>) -> bool {
-        self.marks.keys().chain(&self.written).all(|page| homed.contains(page))
+    /// Whether all of it is about pages of `homed` and the first `nodes` nodes, and agrees with itself.
+    pub(super) fn fits(&self, homed: &Range<u32>, nodes: usize) -> bool {
+        self.marks.keys().chain(self.written.iter().map(|(page, _)| page)).all(|page| homed.contains(page))
+            && self.written.iter().all(|(_, writer)| usize::from(*writer) < nodes)
             && self.marks.values().all(|at| *at <= self.given)
             && self.written.len() <= WRITTEN
     }
@@ -42,20 +45,20 @@ impl WriteShared {
         self.marks.values_mut().for_each(|at| *at = 0);
     }
 
-    /// Notes that `page` goes to a writer, or to a reader as to a writer.
-    pub(super) fn note(&mut self, page: u32) {
+    /// Notes that `page` goes to `writer`, or to a reader as to a writer.
+    pub(super) fn note(&mut self, page: u32, writer: NodeId) {
         self.given = self.given.saturating_add(1);
         if let Some(at) = self.marks.get_mut(&page) {
             *at = self.given;
         }
-        if self.written.back() == Some(&page) {
+        if self.written.back() == Some(&(page, writer)) {
             return;
         }
-        self.written.retain(|other| *other != page);
+        self.written.retain(|(other, _)| *other != page);
         if self.written.len() == WRITTEN {
             self.written.pop_front();
         }
-        self.written.push_back(page);
+        self.written.push_back((page, writer));
     }
 
     /// The only reader of `page` is its next writer.
@@ -81,14 +84,9 @@ impl WriteShared {
         self.marks.range(pages).any(|(_, at)| self.given - at < RECENT)
     }
 
-    /// Whether that is so, or one of them went to a writer very shortly ago.
-    pub(super) fn any_written(&self, pages: Range<u32>) -> bool {
-        self.written.iter().any(|page| pages.contains(page)) || self.migrates(pages)
-    }
-
-    /// Whether that is so of this page, or it went to a writer very shortly ago.
-    pub(super) fn is_written(&self, page: u32) -> bool {
-        self.written.contains(&page) || self.migrates(page..page + 1)
+    /// Whether that is so of this page, or it went to another writer than `by` very shortly ago.
+    pub(super) fn is_written(&self, page: u32, by: NodeId) -> bool {
+        self.written.iter().any(|(written, writer)| *written == page && *writer != by) || self.migrates(page..page + 1)
     }
 }
 
@@ -99,24 +97,25 @@ mod tests {
     #[test]
     fn the_pages_written_last_are_written() {
         let mut pages = WriteShared::default();
-        (0..WRITTEN as u32 + 1).for_each(|page| pages.note(page));
-        assert!(!pages.is_written(0) && pages.is_written(1) && pages.is_written(WRITTEN as u32));
-        (0..3).for_each(|_| pages.note(1));
-        assert!(pages.is_written(2) && pages.written.len() == WRITTEN, "each is there once");
+        (0..WRITTEN as u32 + 1).for_each(|page| pages.note(page, 3));
+        assert!(!pages.is_written(0, 0) && pages.is_written(1, 0) && pages.is_written(WRITTEN as u32, 0));
+        assert!(!pages.is_written(1, 3), "who wrote it may have it again");
+        (0..3).for_each(|_| pages.note(1, 3));
+        assert!(pages.is_written(2, 0) && pages.written.len() == WRITTEN, "each is there once");
         assert!(!pages.migrates(0..100) && !pages.is_migratory(1));
     }
 
     #[test]
     fn a_migratory_page_is_written_for_longer_and_marked_until_that_ends() {
         let mut pages = WriteShared::default();
-        pages.note(7);
+        pages.note(7, 3);
         pages.mark(7);
-        (0..RECENT as u32 - 1).for_each(|n| pages.note(1000 + n));
-        assert!(pages.is_written(7) && pages.migrates(0..8) && !pages.migrates(8..1000));
-        pages.note(7);
-        (0..RECENT as u32).for_each(|n| pages.note(1000 + n));
-        assert!(!pages.is_written(7) && !pages.migrates(0..8) && pages.is_migratory(7));
-        pages.note(7);
+        (0..RECENT as u32 - 1).for_each(|n| pages.note(1000 + n, 3));
+        assert!(pages.is_written(7, 0) && pages.migrates(0..8) && !pages.migrates(8..1000));
+        pages.note(7, 3);
+        (0..RECENT as u32).for_each(|n| pages.note(1000 + n, 3));
+        assert!(!pages.is_written(7, 0) && !pages.migrates(0..8) && pages.is_migratory(7));
+        pages.note(7, 3);
         assert!(pages.migrates(7..8), "it still goes from writer to writer");
         pages.unmark_all(0..7);
         assert!(pages.is_migratory(7));
@@ -127,11 +126,12 @@ mod tests {
     #[test]
     fn what_cannot_be_does_not_fit() {
         let mut pages = WriteShared::default();
-        pages.note(7);
+        pages.note(7, 3);
         pages.mark(7);
-        assert!(pages.fits(&(0..8)) && !pages.fits(&(0..7)));
-        assert!(!WriteShared { given: 0, ..pages.clone() }.fits(&(0..8)));
+        assert!(pages.fits(&(0..8), 4) && !pages.fits(&(0..7), 4));
+        assert!(!WriteShared { given: 0, ..pages.clone() }.fits(&(0..8), 4));
+        assert!(!pages.fits(&(0..8), 3), "no such writer");
         pages.marks.clear();
-        assert!(!pages.fits(&(8..9)));
+        assert!(!pages.fits(&(8..9), 4));
     }
 }
