@@ -24,15 +24,24 @@ pub(super) struct WriteShared {
     marks: BTreeMap<u32, u64>,
     /// How often a page of this home went to a writer.
     given: u64,
-    /// The pages that did so last, newest last, each once; and the writer.
-    written: VecDeque<(u32, NodeId)>,
+    /// The pages that did so last, newest last, each once.
+    written: VecDeque<Written>,
+}
+
+/// A page that went to a writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct Written {
+    page: u32,
+    writer: NodeId,
+    /// So did a neighbour of it a short while before or after: a stream has come by, and is somewhere else now.
+    passed: bool,
 }
 
 impl WriteShared {
     /// Whether all of it is about pages of `homed` and the first `nodes` nodes, and agrees with itself.
     pub(super) fn fits(&self, homed: &Range<u32>, nodes: usize) -> bool {
-        self.marks.keys().chain(self.written.iter().map(|(page, _)| page)).all(|page| homed.contains(page))
-            && self.written.iter().all(|(_, writer)| usize::from(*writer) < nodes)
+        self.marks.keys().chain(self.written.iter().map(|written| &written.page)).all(|page| homed.contains(page))
+            && self.written.iter().all(|written| usize::from(written.writer) < nodes)
             && self.marks.values().all(|at| *at <= self.given)
             && self.written.len() <= WRITTEN
     }
@@ -51,14 +60,20 @@ impl WriteShared {
         if let Some(at) = self.marks.get_mut(&page) {
             *at = self.given;
         }
-        if self.written.back() == Some(&(page, writer)) {
+        if self.written.back().is_some_and(|last| (last.page, last.writer) == (page, writer)) {
             return;
         }
-        self.written.retain(|(other, _)| *other != page);
+        let mut passed = false;
+        self.written.retain_mut(|other| {
+            if other.page.abs_diff(page) == 1 && other.writer == writer {
+                (passed, other.passed) = (true, true);
+            }
+            other.page != page
+        });
         if self.written.len() == WRITTEN {
             self.written.pop_front();
         }
-        self.written.push_back((page, writer));
+        self.written.push_back(Written { page, writer, passed });
     }
 
     /// The only reader of `page` is its next writer.
@@ -84,9 +99,9 @@ impl WriteShared {
         self.marks.range(pages).any(|(_, at)| self.given - at < RECENT)
     }
 
-    /// Whether that is so of this page, or it went to another writer than `by` very shortly ago.
+    /// Whether that is so of this page, or it went to another writer than `by` very shortly ago, who is still there.
     pub(super) fn is_written(&self, page: u32, by: NodeId) -> bool {
-        self.written.iter().any(|(written, writer)| *written == page && *writer != by) || self.migrates(page..page + 1)
+        self.written.iter().any(|last| last.page == page && last.writer != by && !last.passed) || self.migrates(page..page + 1)
     }
 }
 
@@ -97,12 +112,27 @@ mod tests {
     #[test]
     fn the_pages_written_last_are_written() {
         let mut pages = WriteShared::default();
-        (0..WRITTEN as u32 + 1).for_each(|page| pages.note(page, 3));
-        assert!(!pages.is_written(0, 0) && pages.is_written(1, 0) && pages.is_written(WRITTEN as u32, 0));
-        assert!(!pages.is_written(1, 3), "who wrote it may have it again");
-        (0..3).for_each(|_| pages.note(1, 3));
-        assert!(pages.is_written(2, 0) && pages.written.len() == WRITTEN, "each is there once");
-        assert!(!pages.migrates(0..100) && !pages.is_migratory(1));
+        (0..WRITTEN as u32 + 1).for_each(|n| pages.note(2 * n, 3));
+        assert!(!pages.is_written(0, 0) && pages.is_written(2, 0) && pages.is_written(2 * WRITTEN as u32, 0));
+        assert!(!pages.is_written(2, 3), "who wrote it may have it again");
+        (0..3).for_each(|_| pages.note(2, 3));
+        assert!(pages.is_written(4, 0) && pages.written.len() == WRITTEN, "each is there once");
+        assert!(!pages.migrates(0..200) && !pages.is_migratory(2));
+    }
+
+    #[test]
+    fn pages_that_a_writer_has_passed_are_not() {
+        for order in [[5, 6, 7], [7, 6, 5]] {
+            let mut pages = WriteShared::default();
+            order.into_iter().for_each(|page| pages.note(page, 3));
+            assert!(!(0..10).any(|page| pages.is_written(page, 0)));
+        }
+        let mut pages = WriteShared::default();
+        [(5, 3), (6, 2), (8, 3)].into_iter().for_each(|(page, writer)| pages.note(page, writer));
+        assert!([5, 6, 8].iter().all(|page| pages.is_written(*page, 0)), "no stream of one writer's");
+        pages.mark(8);
+        pages.note(7, 3);
+        assert!(!pages.is_written(7, 0) && pages.is_written(8, 0), "a migratory one stays");
     }
 
     #[test]
