@@ -36,6 +36,8 @@ pub struct BlockCounters {
 #[derive(Debug)]
 pub(super) struct Blocks {
     private: Vec<bool>,
+    /// All of it came at once from a slot, and no page of it changed since: most likely it is a huge page.
+    huge: Vec<bool>,
     /// Passes of the hand since a page last changed its state by a request of another node.
     quiet: Vec<u8>,
     hand: u32,
@@ -53,6 +55,7 @@ impl Blocks {
         let allowed = allowed.and_then(|text| text.trim().parse().ok()).unwrap_or(USUAL_MAPPINGS);
         Blocks {
             private: vec![false; count],
+            huge: vec![false; count],
             quiet: vec![0; count],
             hand: 0,
             boundaries: 0,
@@ -91,6 +94,18 @@ impl Blocks {
             *quiet = 0;
         }
     }
+
+    /// The block has come at once as its very memory, or not: or a page of it has changed since.
+    pub(super) fn came_whole(&mut self, block: u32, moved: bool) {
+        if let Some(huge) = self.huge.get_mut(block as usize) {
+            *huge = moved;
+        }
+    }
+
+    /// Whether the block is a huge page, as far as is known.
+    pub(super) fn is_huge(&self, block: u32) -> bool {
+        self.huge.get(block as usize).copied().unwrap_or(false)
+    }
 }
 
 impl UffdMemory {
@@ -126,6 +141,7 @@ impl UffdMemory {
     pub(super) fn share_block_of(&mut self, page: u32) -> Result<(), MemoryError> {
         let block = page / BLOCK_PAGES;
         self.blocks.disturb(block);
+        self.blocks.came_whole(block, false);
         if !self.blocks.is_private(block) {
             return Ok(());
         }
@@ -156,6 +172,7 @@ impl UffdMemory {
                 self.share_block_of(next)?;
             }
             self.blocks.disturb(block);
+            self.blocks.came_whole(block, false);
             next = after.min(pages.end);
         }
         self.ram().discard_range(pages)

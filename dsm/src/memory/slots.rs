@@ -43,8 +43,8 @@ unsafe impl Sync for Address {}
 #[derive(Debug)]
 pub struct Slot {
     address: Address,
-    /// Its memory has become guest memory, or has been: there is not one huge page in it.
-    moved: bool,
+    /// Its memory may be one huge page: what comes next can land in it.
+    lands: bool,
     slots: Arc<Slots>,
 }
 
@@ -62,11 +62,11 @@ impl Slots {
             Some(address) => address,
             None => new_slot()?,
         };
-        Ok(Slot { address, moved: false, slots: Arc::clone(self) })
+        Ok(Slot { address, lands: true, slots: Arc::clone(self) })
     }
 
     /// A slot that holds the very memory of the block at `host`, where nothing is left: one request, whatever the
-    /// block consists of. `None`: the kernel can't, and nothing changed.
+    /// block consists of; `huge` says whether that is one huge page. `None`: the kernel can't, and nothing changed.
     ///
     /// # Safety
     /// `host` must be a whole block of guest memory, which nobody refers to but by atomics, and whoever touches it
@@ -74,7 +74,7 @@ impl Slots {
     ///
     /// # Errors
     /// The host would not map more memory.
-    pub unsafe fn take_over(self: &Arc<Self>, host: u64) -> Result<Option<Slot>, MemoryError> {
+    pub unsafe fn take_over(self: &Arc<Self>, host: u64, huge: bool) -> Result<Option<Slot>, MemoryError> {
         let free = self.lock().without.pop();
         let address = match free {
             Some(address) => address,
@@ -88,8 +88,8 @@ impl Slots {
             // Whether there is still a mapping is not known, so this address is not used again.
             return Ok(None);
         }
-        // Small pages perhaps: no landing place.
-        Ok(Some(Slot { address, moved: true, slots: Arc::clone(self) }))
+        // Small pages are no landing place. A huge page is, and saves finding and clearing another.
+        Ok(Some(Slot { address, lands: huge, slots: Arc::clone(self) }))
     }
 
     /// Fills one of the slots that wait for memory. `false`: enough have some, or the host has none now.
@@ -156,14 +156,14 @@ impl BlockMemory<PAGE_WORDS> for Slot {
     }
 
     fn moved(&mut self) {
-        self.moved = true;
+        self.lands = false;
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut free = self.slots.lock();
-        if !self.moved && free.with_memory.len() < KEPT {
+        if self.lands && free.with_memory.len() < KEPT {
             return free.with_memory.push(Address(self.address.0));
         }
         drop(free);
@@ -197,6 +197,25 @@ mod tests {
         other = slots.take().unwrap();
         assert_eq!(other.bytes_mut()[..8], [2, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!((0..2 * KEPT).filter(|_| slots.fill_one().unwrap()).count(), KEPT);
+    }
+
+    #[test]
+    fn what_left_as_a_huge_page_is_the_landing_place_of_another() {
+        let slots = Arc::new(Slots::default());
+        for huge in [true, false] {
+            let guest = new_slot().unwrap().0;
+            // SAFETY: a private mapping of that size that nobody else knows of.
+            unsafe { guest.write_bytes(7, BLOCK_BYTES) };
+            // SAFETY: as above.
+            let slot = unsafe { slots.take_over(guest.as_ptr() as u64, huge) }.unwrap().unwrap();
+            assert_eq!(slot.pages()[0][0], 0x0707_0707_0707_0707);
+            let address = slot.movable();
+            drop(slot);
+            let mut again = slots.take().unwrap();
+            assert_eq!(again.movable(), address, "the only one there is");
+            assert_eq!(again.bytes_mut()[0], if huge { 7 } else { 0 });
+            again.moved();
+        }
     }
 
     #[test]

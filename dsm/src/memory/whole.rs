@@ -23,7 +23,8 @@ impl UffdMemory {
     /// Takes the very memory of a block whose pages are all present; where the kernel can't do that, a copy of what
     /// they hold once they are frozen. Zeros after an error.
     pub(super) fn take_block_out(&mut self, block: Range<u32>) -> BlockData<PAGE_WORDS> {
-        let taken = self.try_take_over(block.clone());
+        let huge = self.blocks.is_huge(block.start / BLOCK_PAGES);
+        let taken = self.try_take_over(block.clone(), huge);
         if let Some(Some(slot)) = self.keep(taken) {
             block.for_each(|page| self.access.set(page, Access::Absent));
             return BlockData::new(slot);
@@ -40,7 +41,7 @@ impl UffdMemory {
         BlockData::new(slot)
     }
 
-    fn try_take_over(&mut self, block: Range<u32>) -> Result<Option<Slot>, MemoryError> {
+    fn try_take_over(&mut self, block: Range<u32>, huge: bool) -> Result<Option<Slot>, MemoryError> {
         for page in block.clone() {
             self.present(page, "take out")?;
         }
@@ -56,7 +57,7 @@ impl UffdMemory {
         }
         let (_, address) = self.at(block.start)?;
         // SAFETY: a whole block of guest memory, as was just seen; guests and atomics are all that touch it.
-        unsafe { self.slots().take_over(address) }
+        unsafe { self.slots().take_over(address, huge) }
     }
 
     /// Fills a block whose pages are all absent: with the very memory of `data` if the kernel can do so, and with a
@@ -88,6 +89,7 @@ impl UffdMemory {
             uffd.copy(address, &data.pages()[moved..], true)?;
         }
         (first..first + BLOCK_PAGES).for_each(|page| self.access.set(page, Access::Writable));
+        self.blocks.came_whole(first / BLOCK_PAGES, moved == pages);
         Ok(())
     }
 }
