@@ -15,23 +15,24 @@ use krg_dsm::transport;
 const REQUEST: usize = 16;
 /// Written and read at once when bandwidth is measured.
 pub const CHUNK: usize = 256 << 10;
-/// Memory that a stream comes from and goes to. Whatever is read from another node's memory is in no cache that is not
-/// shared: a stream that uses the same few bytes again and again is another thing.
-const MEMORY: usize = 32 << 20;
+/// Memory that a stream comes from and goes to, at most: as much as is read from another node's memory. A stream that
+/// uses the same few bytes again and again is another thing, since they are in some cache.
+const MEMORY: usize = 128 << 20;
 
 /// What a stream is made of.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Of {
-    /// [`MEMORY`], from its beginning to its end.
+    /// As much memory as there are bytes, from its beginning to its end.
     Memory,
     /// The same [`CHUNK`] again and again.
     Chunk,
 }
 
 impl Of {
-    fn len(self) -> usize {
+    /// Of so many bytes.
+    fn len(self, bytes: usize) -> usize {
         match self {
-            Of::Memory => MEMORY,
+            Of::Memory => bytes.clamp(CHUNK, MEMORY),
             Of::Chunk => CHUNK,
         }
     }
@@ -76,13 +77,18 @@ pub fn serve(kind: Kind, stream: TcpStream) -> anyhow::Result<()> {
 fn serve_stream(stream: TcpStream) -> io::Result<()> {
     raise();
     let mut stream = prepared(stream)?;
-    let (mut request, memory) = ([0; REQUEST], vec![7; MEMORY]);
+    let (mut request, mut memory) = ([0; REQUEST], Vec::new());
     while stream.read_exact(&mut request).is_ok() {
         let left = u64::from_le_bytes(request[..8].try_into().unwrap_or_default());
         let of = if request[8] == 0 { Of::Chunk } else { Of::Memory };
-        for at in (0..left as usize).step_by(CHUNK) {
-            let from = at % of.len();
-            stream.write_all(&memory[from..from + CHUNK.min(left as usize - at)])?;
+        let (left, len) = (left as usize, of.len(left as usize));
+        if memory.len() < len {
+            memory.resize(len, 7);
+        }
+        for at in (0..left).step_by(CHUNK) {
+            let from = at % len;
+            let to = len.min(from + CHUNK.min(left - at));
+            stream.write_all(&memory[from..to])?;
         }
     }
     Ok(())
@@ -99,7 +105,7 @@ impl Bare {
         Ok(match kind {
             Kind::Tcp => Bare::Tcp(BareStream {
                 stream: prepared(stream)?,
-                buffer: vec![1; MEMORY],
+                buffer: vec![1; CHUNK],
             }),
             Kind::Rdma => Bare::Rdma(frames::Asking::new(stream)?),
         })
@@ -152,12 +158,18 @@ impl BareStream {
     }
 
     fn stream(&mut self, bytes: u64, of: Of) -> io::Result<Duration> {
+        let (mut got, len) = (0, of.len(bytes as usize));
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 1);
+            // There the memory is new, too: that shall not count.
+            self.stream(bytes, of)?;
+        }
         let begun = Instant::now();
         self.ask(bytes, of)?;
-        let (mut got, bytes) = (0, bytes as usize);
+        let bytes = bytes as usize;
         while got < bytes {
-            let from = got % of.len();
-            let to = of.len().min(from + CHUNK.min(bytes - got));
+            let from = got % len;
+            let to = len.min(from + CHUNK.min(bytes - got));
             match self.stream.read(&mut self.buffer[from..to])? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 some => got += some,
