@@ -13,8 +13,10 @@ use crate::memory::ram::{HUGE_PAGE, advise, map};
 use crate::memory::{BLOCK_PAGES, MemoryError, PAGE_WORDS};
 use crate::protocol::{BlockMemory, PageData};
 
-/// Slots that have memory while they are not in use: 32 MiB.
-const KEPT: usize = 16;
+/// Slots that are given memory before it is needed: 32 MiB.
+const FILLED: usize = 16;
+/// Slots that keep theirs, at most, while blocks come and go: 128 MiB.
+const KEPT: usize = 64;
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = HUGE_PAGE as usize;
@@ -92,6 +94,18 @@ impl Slots {
         Ok(Some(Slot { address, lands: huge, slots: Arc::clone(self) }))
     }
 
+    /// Gives the host the memory of one slot back, if many have some.
+    pub fn empty_one(&self) {
+        let address = {
+            let mut free = self.lock();
+            if free.with_memory.len() <= FILLED {
+                return;
+            }
+            free.with_memory.swap_remove(0)
+        };
+        self.empty(address);
+    }
+
     /// Fills one of the slots that wait for memory. `false`: enough have some, or the host has none now.
     ///
     /// # Errors
@@ -99,7 +113,7 @@ impl Slots {
     pub fn fill_one(&self) -> Result<bool, MemoryError> {
         let free = {
             let mut free = self.lock();
-            if free.with_memory.len() >= KEPT {
+            if free.with_memory.len() >= FILLED {
                 return Ok(false);
             }
             free.without.pop()
@@ -113,6 +127,13 @@ impl Slots {
         let mut free = self.lock();
         if filled { free.with_memory.push(address) } else { free.without.push(address) }
         Ok(filled)
+    }
+
+    /// A slot without memory; meanwhile nobody else knows of it.
+    fn empty(&self, address: Address) {
+        // A refusal would only mean that it keeps its memory.
+        let _ = advise(address.0, HUGE_PAGE, libc::MADV_DONTNEED, "MADV_DONTNEED", true);
+        self.lock().without.push(address);
     }
 
     fn lock(&self) -> MutexGuard<'_, Free> {
@@ -167,9 +188,7 @@ impl Drop for Slot {
             return free.with_memory.push(Address(self.address.0));
         }
         drop(free);
-        // A refusal would only mean that it keeps its memory.
-        let _ = advise(self.address.0, HUGE_PAGE, libc::MADV_DONTNEED, "MADV_DONTNEED", true);
-        self.slots.lock().without.push(Address(self.address.0));
+        self.slots.empty(Address(self.address.0));
     }
 }
 
@@ -196,7 +215,7 @@ mod tests {
         assert_ne!(slots.take().unwrap().movable(), address, "one with memory comes first");
         other = slots.take().unwrap();
         assert_eq!(other.bytes_mut()[..8], [2, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!((0..2 * KEPT).filter(|_| slots.fill_one().unwrap()).count(), KEPT);
+        assert_eq!((0..2 * FILLED).filter(|_| slots.fill_one().unwrap()).count(), FILLED);
     }
 
     #[test]
@@ -224,7 +243,11 @@ mod tests {
         let mut many: Vec<Slot> = (0..KEPT + 2).map(|_| slots.take().unwrap()).collect();
         many.iter_mut().for_each(|slot| slot.bytes_mut()[0] = 7);
         drop(many);
+        assert!(!slots.fill_one().unwrap());
         let again: Vec<Slot> = (0..KEPT + 2).map(|_| slots.take().unwrap()).collect();
         assert_eq!(again.iter().filter(|slot| slot.pages()[0][0] == 7).count(), KEPT);
+        drop(again);
+        (0..2 * KEPT).for_each(|_| slots.empty_one());
+        assert_eq!(slots.lock().with_memory.len(), FILLED);
     }
 }

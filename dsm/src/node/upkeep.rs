@@ -47,7 +47,7 @@ impl Dsm {
     }
 
     /// Makes blocks private again that nobody else has asked for in a while, and fills slots for blocks that come
-    /// whole while none does.
+    /// whole while none does; of those that have memory since many came it empties one at a time.
     fn merge_blocks(&self, after: Duration) {
         let interval = after / (HAND_MOVES * u32::from(QUIET_ROUNDS));
         let mut came = 0;
@@ -62,6 +62,7 @@ impl Dsm {
             };
             // What the host can't give now it may give the next time.
             while slots.as_ref().is_some_and(|slots| slots.fill_one().unwrap_or(false)) {}
+            slots.inspect(|slots| slots.empty_one());
             let merged = match self.lock().as_mut() {
                 Some(State { engine, memory, cache, .. }) => {
                     let count = memory.blocks().div_ceil(HAND_MOVES);
