@@ -110,6 +110,11 @@ impl Contention {
         })
     }
 
+    /// Those of the pages that were waited for at some time.
+    pub fn known(&self, pages: Range<u32>) -> impl Iterator<Item = u32> {
+        self.pages.range(pages).map(|(page, _)| *page)
+    }
+
     /// A page was taken away.
     pub fn taken(&mut self, page: u32, now: u64) {
         let Some(entry) = self.pages.get_mut(&page) else { return };

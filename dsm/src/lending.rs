@@ -4,7 +4,8 @@
 //! A block given to a reader is lost to who had it. So a block that is wanted back soon after it went stays for a
 //! while the next time, and goes by the page; longer each time. Soon is different for reads and writes: had the
 //! reader been given copies, the other would read on without a fault, but its writes would be faults in any case; and
-//! who writes all of a block would have taken it from the other in any case, page by page.
+//! who writes all of a block would have taken it from the other in any case, page by page. A block that only goes from
+//! reader to reader stays the second time, however late that is: with copies of their own both read on.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +24,7 @@ const MOST: usize = 1024;
 pub struct LendingCounters {
     /// Given whole.
     pub given: u64,
-    /// Taken back whole.
+    /// Asked back whole.
     pub taken_back: u64,
     /// Of all these, wanted back at all.
     pub wanted_back: u64,
@@ -39,6 +40,8 @@ struct Lent {
     to: usize,
     /// To be written.
     write: bool,
+    /// It was given to a reader when it was wanted by another reader.
+    read_by_both: bool,
     /// Somebody has wanted a page of it since.
     back: bool,
     times: u8,
@@ -83,7 +86,10 @@ impl Lending {
         if by == lent.to {
             return;
         }
-        if now.saturating_sub(lent.at) >= if write || lent.write { WRITE_SOON } else { READ_SOON } {
+        let both_read = !write && !lent.write;
+        let again = both_read && lent.read_by_both;
+        lent.read_by_both = both_read;
+        if !again && now.saturating_sub(lent.at) >= if both_read { READ_SOON } else { WRITE_SOON } {
             lent.times = 0;
             return;
         }
@@ -125,8 +131,8 @@ mod tests {
         }
         assert!(!lending.keeps(7, now));
         lending.given(7, 2, false, now);
-        lending.wanted(7, 0, false, now + READ_SOON);
-        assert!(!lending.keeps(7, now + READ_SOON));
+        lending.wanted(7, 0, true, now + WRITE_SOON);
+        assert!(!lending.keeps(7, now + WRITE_SOON));
         lending.given(7, 2, false, now);
         lending.wanted(7, 0, false, now + 1);
         assert!(lending.keeps(7, now + STAY) && !lending.keeps(7, now + 1 + STAY), "forgiven");
@@ -144,6 +150,20 @@ mod tests {
         lending.wanted(1, 2, false, 2 * WRITE_SOON);
         assert!(lending.keeps(1, 2 * WRITE_SOON));
         assert_eq!(lending.counters(), LendingCounters { taken_back: 2, wanted_back: 2, contested: 1, kept: 1, given: 0 });
+    }
+
+    #[test]
+    fn what_goes_from_reader_to_reader_stays_the_second_time() {
+        let mut lending = Lending::default();
+        lending.given(1, 2, false, 0);
+        lending.wanted(1, 0, false, 10 * READ_SOON);
+        assert!(!lending.keeps(1, 10 * READ_SOON), "it may be the last who reads it");
+        lending.taken_back(1, 0, false, 10 * READ_SOON);
+        lending.wanted(1, 2, false, 20 * READ_SOON);
+        assert!(lending.keeps(1, 20 * READ_SOON) && !lending.keeps(1, 20 * READ_SOON + STAY));
+        lending.given(1, 2, false, 30 * READ_SOON);
+        lending.wanted(1, 0, false, 40 * READ_SOON);
+        assert!(lending.keeps(1, 40 * READ_SOON + STAY), "for longer");
     }
 
     #[test]

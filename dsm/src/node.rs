@@ -24,7 +24,7 @@ use crate::contention::{Contention, FetchedPage, HotPage};
 use crate::lending::{Lending, LendingCounters};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
-use crate::protocol::{Access, BlockContent, Bug, Counters, Engine, Geometry, Input, Intent, Malformed, Message, NodeId, Output, ProtocolError};
+use crate::protocol::{Access, BlockContent, Bug, Counters, Engine, Geometry, Input, Malformed, Message, NodeId, Output, ProtocolError};
 use crate::stalls::{Part, Stalls, ThreadStalls, Waited};
 use crate::trace::{Mark, Stage, Trace};
 use crate::transport::{Handler, PeerCount, PeerEvent, SendError, Transport};
@@ -462,8 +462,10 @@ impl Dsm {
         }
         // Somebody else wants a page that is here.
         let wanted = match &input {
-            Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => Some(*page),
-            _ => None,
+            Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => *page..page.saturating_add(1),
+            Input::Message { message: Message::FetchRun { page, count, .. }, .. } => *page..page.saturating_add(*count),
+            Input::Message { message: Message::FetchBlock { page }, .. } => *page..page.saturating_add(BLOCK_PAGES),
+            _ => 0..0,
         };
         if let Input::AheadBlock { first, .. } = input {
             // Several threads may have found so few, each for itself.
@@ -472,15 +474,18 @@ impl Dsm {
                 return false;
             }
         }
-        let came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
+        let mut came = matches!(input, Input::Message { message: Message::Given { .. } | Message::GivenBlock { .. }, .. });
         if let Input::Message { message: Message::GivenBlock { page, content: BlockContent::Zeros | BlockContent::Pages(_) }, .. } = &input {
             asks.whole(*page);
         }
-        let moving = moving(self.me, engine, lending, &mut input, || nanos(*begun) / 1000);
-        if let (Input::AheadBlock { first, .. }, Some(Moving { stays: true, .. })) = (&input, &moving) {
-            asks.not_whole(*first);
+        let stays = note_wanted(self.me, engine.geometry(), lending, &mut input, || nanos(*begun) / 1000);
+        if let Input::AheadBlock { first, .. } = input && stays {
+            asks.not_whole(first);
             return false;
         }
+        // Who joins others that wait wants nothing that was not wanted before.
+        let joins = faulted.is_some_and(|(page, ..)| engine.is_pending(page));
+        let asked = engine.asked_blocks();
         let copies = memory.copies();
         let mut result = engine.step(input, memory, out).map_err(DsmError::Protocol);
         if let Some(error) = memory.failed() {
@@ -490,16 +495,20 @@ impl Dsm {
         out.completed.iter().for_each(|page| self.trace.mark(now, Stage::Installed, *page));
         self.transmit(out, encoded);
         out.not_given.drain(..).for_each(|first| asks.not_whole(first));
-        if let Some(Moving { block, to, write, .. }) = moving.filter(|moving| moving.count(self.me, engine) > moving.before) {
-            let now = nanos(*begun) / 1000;
+        for (first, to, write) in out.whole.drain(..) {
+            let (block, to, now) = (first / BLOCK_PAGES, usize::from(to), nanos(*begun) / 1000);
             if to == self.me { lending.taken_back(block, to, write, now) } else { lending.given(block, to, write, now) }
         }
+        // One that comes by the page makes room, too.
+        came |= engine.asked_blocks() < asked;
         let waits = faulted.is_some_and(|(page, ..)| engine.is_pending(page));
         if let Some((page, write, since)) = faulted {
             // One that needed nothing waits for nothing.
             if engine.is_pending(page) || out.completed.contains(&page) {
                 stalls.fault(page, thread, since);
-                lending.wanted(page / BLOCK_PAGES, self.me, write, since / 1000);
+                if !joins {
+                    lending.wanted(page / BLOCK_PAGES, self.me, write, since / 1000);
+                }
                 contention.fault(page, thread);
             }
         }
@@ -512,10 +521,10 @@ impl Dsm {
             tracing::info!(node, "nothing is shared with this node any more");
         }
         // What is kept for a block on its way takes nothing yet.
-        let exists = |page: u32| page < engine.geometry().pages();
-        let is_taken = |page: &u32| exists(*page) && engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
-        if let Some(page) = wanted.filter(|page| result.is_ok() && is_taken(page)) {
-            contention.taken(page, nanos(*begun) / 1000);
+        if result.is_ok() && !wanted.is_empty() {
+            let is_taken = |page: &u32| engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
+            let taken: Vec<u32> = contention.known(wanted).filter(is_taken).collect();
+            taken.into_iter().for_each(|page| contention.taken(page, nanos(*begun) / 1000));
         }
         let now = nanos(*begun);
         for run in out.completed.chunk_by(|one, next| one + 1 == *next) {
@@ -615,54 +624,30 @@ fn nanos(begun: Instant) -> u64 {
     begun.elapsed().as_nanos() as u64
 }
 
-/// A block of this home that may go whole to a node.
-struct Moving {
-    block: u32,
-    to: usize,
-    write: bool,
-    /// It shall not, if this node wants it.
-    stays: bool,
-    /// What [`Moving::count`] was before.
-    before: u64,
-}
-
-impl Moving {
-    /// Blocks that went whole where this one may go.
-    fn count(&self, me: usize, engine: &Engine<PAGE_WORDS>) -> u64 {
-        let counters = engine.counters();
-        if self.to == me { counters.blocks_asked } else { counters.blocks_out }
-    }
-}
-
-/// What is about to be wanted of this home's blocks is noted. The block that may go whole, if one may.
-fn moving(me: usize, engine: &Engine<PAGE_WORDS>, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: impl Fn() -> u64) -> Option<Moving> {
-    let (block, to, write, stays) = match *input {
-        Input::Ahead { first, intent, .. } => {
-            lending.wanted(first / BLOCK_PAGES, me, intent != Intent::Read, now());
-            return None;
+/// Notes which of this home's blocks somebody is about to want. Whether the one that is asked for whole shall stay where
+/// it is: then another is told so, and this node asks for its pages.
+fn note_wanted(me: usize, geometry: &Geometry, lending: &mut Lending, input: &mut Input<PAGE_WORDS>, now: impl Fn() -> u64) -> bool {
+    let (page, by, write) = match *input {
+        Input::Ahead { first, intent, .. } | Input::AheadBlock { first, intent } => (first, me, intent.writes()),
+        Input::Message { from, message: Message::Get { page, write, .. } } => (page, usize::from(from), write),
+        Input::Message { from, message: Message::Ask { page, intent, .. } | Message::AskBlock { page, intent } } => {
+            (page, usize::from(from), intent.writes())
         }
-        Input::AheadBlock { first, intent } if first < engine.geometry().pages() && usize::from(engine.geometry().home(first)) == me => {
-            let (block, write, now) = (first / BLOCK_PAGES, intent != Intent::Read, now());
-            lending.wanted(block, me, write, now);
-            (block, me, write, lending.keeps(block, now))
-        }
-        Input::Message { from, message: Message::Get { page, write, .. } } => {
-            lending.wanted(page / BLOCK_PAGES, usize::from(from), write, now());
-            return None;
-        }
-        Input::Message { from, message: Message::AskBlock { page, intent } } => {
-            let block = page / BLOCK_PAGES;
-            let keeps = lending.keeps(block, now());
-            if keeps {
-                *input = Input::KeepBlock { to: from, first: page };
-            }
-            (block, usize::from(from), intent != Intent::Read, keeps)
-        }
-        _ => return None,
+        _ => return false,
     };
-    let mut moving = Moving { block, to, write, stays, before: 0 };
-    moving.before = moving.count(me, engine);
-    Some(moving)
+    if page >= geometry.pages() || usize::from(geometry.home(page)) != me {
+        return false;
+    }
+    let (block, now) = (page / BLOCK_PAGES, now());
+    lending.wanted(block, by, write, now);
+    match *input {
+        Input::AheadBlock { .. } => lending.keeps(block, now),
+        Input::Message { from, message: Message::AskBlock { page, .. } } if lending.keeps(block, now) => {
+            *input = Input::KeepBlock { to: from, first: page };
+            true
+        }
+        _ => false,
+    }
 }
 
 /// Notes what a message says of who had pages that threads here wait for.

@@ -94,6 +94,20 @@ impl Slots {
         Ok(Some(Slot { address, lands: huge, slots: Arc::clone(self) }))
     }
 
+    /// Makes one slot's memory a huge page, if it is none and the host has one now: each in its turn.
+    pub fn mend_one(&self) {
+        let address = {
+            let mut free = self.lock();
+            match free.with_memory.is_empty() {
+                true => return,
+                false => free.with_memory.remove(0),
+            }
+        };
+        // Meanwhile nobody else knows of it. A refusal would mean that it stays as it is.
+        let _ = advise(address.0, HUGE_PAGE, libc::MADV_COLLAPSE, "MADV_COLLAPSE", true);
+        self.lock().with_memory.push(address);
+    }
+
     /// Gives the host the memory of one slot back, if many have some.
     pub fn empty_one(&self) {
         let address = {

@@ -108,6 +108,8 @@ impl Asks {
     fn block(&mut self, first: u32, write: bool) -> Input<PAGE_WORDS> {
         if write {
             self.writing.insert(first);
+        } else {
+            self.writing.remove(&first);
         }
         Input::AheadBlock { first, intent: Intent::of(write, self.moves) }
     }

@@ -12,6 +12,8 @@ use crate::protocol::{Access, Input};
 /// nothing changed in this many rounds.
 const HAND_MOVES: u32 = 10;
 const QUIET_ROUNDS: u8 = 10;
+/// One of the slots that kept their memory is emptied in so many moves of the hand.
+const EMPTIES: u32 = 10;
 
 /// Copies that are asked to go at once.
 const EVICT_AT_ONCE: u32 = 128;
@@ -47,10 +49,10 @@ impl Dsm {
     }
 
     /// Makes blocks private again that nobody else has asked for in a while, and fills slots for blocks that come
-    /// whole while none does; of those that have memory since many came it empties one at a time.
+    /// whole while none does; of those that have memory since many came it empties one now and then.
     fn merge_blocks(&self, after: Duration) {
         let interval = after / (HAND_MOVES * u32::from(QUIET_ROUNDS));
-        let mut came = 0;
+        let (mut came, mut rounds) = (0, 0u32);
         loop {
             std::thread::park_timeout(interval);
             let slots = match self.lock().as_ref() {
@@ -62,7 +64,13 @@ impl Dsm {
             };
             // What the host can't give now it may give the next time.
             while slots.as_ref().is_some_and(|slots| slots.fill_one().unwrap_or(false)) {}
-            slots.inspect(|slots| slots.empty_one());
+            rounds = rounds.wrapping_add(1);
+            if let Some(slots) = slots {
+                slots.mend_one();
+                if rounds % EMPTIES == 0 {
+                    slots.empty_one();
+                }
+            }
             let merged = match self.lock().as_mut() {
                 Some(State { engine, memory, cache, .. }) => {
                     let count = memory.blocks().div_ceil(HAND_MOVES);

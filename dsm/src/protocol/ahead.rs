@@ -80,7 +80,7 @@ impl<const W: usize> Engine<W> {
                 && !self.is_block_asked(page);
             if fits {
                 asked |= 1 << n;
-                self.ahead.insert(page, Asked { write: intent != Intent::Read, waits: None });
+                self.ahead.insert(page, Asked { write: intent.writes(), waits: None });
             }
         }
         if asked != 0 {
@@ -120,7 +120,7 @@ impl<const W: usize> Engine<W> {
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
-        let write = intent != Intent::Read;
+        let write = intent.writes();
         let (mut held, mut zeros) = (0, 0);
         for page in pages(first, wanted) {
             if page >= self.geometry.pages() || self.geometry.home(page) != self.me {

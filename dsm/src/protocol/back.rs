@@ -2,9 +2,10 @@
 //!
 //! Nothing of this is new to the protocol, either: a [`Message::FetchBlock`] is a [`Message::Fetch`] to write of every
 //! page of a block, for home itself, and a [`Message::GivenBlock`] that comes from an owner is a [`Message::Data`] of
-//! every page. So home is busy with all of them until the block is there, whatever else is asked meanwhile waits for
-//! its turn, and nothing that the owner sends later, but that comes sooner, can be about what it has given away. An
-//! owner to whom one of the pages is special answers page by page.
+//! every page. So home is busy with all of them until the block is there, and whatever is asked meanwhile, also by who
+//! had the block and may be heard sooner than it comes, waits for its turn or is refused, as ever. An owner to whom one
+//! of the pages is special answers page by page. An owner to whom the block itself is still on its way keeps the
+//! message until it is there.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -40,6 +41,7 @@ impl<const W: usize> Engine<W> {
         self.pending.append(&mut block.clone().map(|page| (page, asked.clone())).collect());
         self.taking.insert(block.start, owner);
         self.counters.blocks_asked += 1;
+        out.whole.push((block.start, self.me, intent.writes()));
         self.send(owner, Message::FetchBlock { page: block.start }, memory, out);
         true
     }
@@ -47,7 +49,7 @@ impl<const W: usize> Engine<W> {
     /// As home: the other node that has all pages of a block.
     fn owner_of_block(&self, block: &Range<u32>) -> Option<NodeId> {
         let places = &self.directory.places[(block.start - self.directory.first) as usize..][..block.len()];
-        let (Place::Owned { owner, .. } | Place::Crowded { owner, .. }) = places.first()? else { return None };
+        let Place::Owned { owner, .. } = places.first()? else { return None };
         let quiet = self.directory.busy.range(block.clone()).next().is_none() && self.pending.range(block.clone()).next().is_none();
         let access = &self.access[block.start as usize..block.end as usize];
         let free = |page: u32| {
@@ -79,7 +81,7 @@ impl<const W: usize> Engine<W> {
             let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
             here && self.tables.level(page).is_none()
         };
-        if self.is_block_asked(first) || !block.clone().all(plain) {
+        if !block.clone().all(plain) {
             return block.into_iter().try_for_each(|page| self.receive(from, fetch(page, from, true), memory, out));
         }
         let data = self.take_out(block.clone(), memory);
@@ -131,11 +133,13 @@ impl<const W: usize> Engine<W> {
         queued.into_iter().try_for_each(|page| self.serve_next(page, memory, out))
     }
 
-    /// A page has come by itself: if it is of a block that home takes back, so do all of it.
-    pub(super) fn comes_by_the_page(&mut self, page: u32) {
-        if !self.taking.is_empty() {
-            let first = self.block_of(page);
-            self.taking.remove(&first);
+    /// Pages have come by themselves: if they are of blocks that home takes back, so do all of those.
+    pub(super) fn come_by_the_page(&mut self, pages: Range<u32>) {
+        if self.taking.is_empty() || pages.is_empty() {
+            return;
+        }
+        for block in pages.start / self.zero_block..=(pages.end - 1) / self.zero_block {
+            self.taking.remove(&(block * self.zero_block));
         }
     }
 
@@ -247,26 +251,45 @@ mod tests {
     #[test]
     fn an_owner_may_answer_by_the_page_and_then_not_by_the_block() {
         let [mut home, owner] = nodes();
-        let asked = step(&mut home, back(2)).unwrap();
+        step(&mut home, back(2)).unwrap();
         let text = serde_json::to_string(&home.save()).unwrap();
         assert_eq!(Engine::restore(serde_json::from_str(&text).unwrap(), home.geometry()).as_ref(), Ok(&home));
         for (of, to) in [(r#""taking":{"2":1}"#, r#""taking":{"2":0}"#), (r#""taking":{"2":1}"#, r#""taking":{"3":1}"#), (r#""taking":{"2":1}"#, r#""taking":{"4":1}"#)] {
             assert!(text.contains(of), "{of} in {text}");
             assert!(Engine::<1>::restore(serde_json::from_str(&text.replacen(of, to, 1)).unwrap(), home.geometry()).is_err(), "{to}");
         }
-        // Its owner has the block taken from it before it was there: what it is asked is kept.
-        let mut early = owner.clone();
-        early.access[2..4].fill(Access::Invalid);
-        step(&mut early, back(2)).unwrap();
-        assert_eq!(step(&mut early, from(0, asked[0].clone())).unwrap(), []);
-        let sent = step(&mut early, from(0, Message::GivenBlock { page: 2, content: content(2) })).unwrap();
-        assert!(matches!(sent[..], [Message::Data { page: 2, .. }, Message::Data { page: 3, .. }]), "{sent:?}");
+        // As one does to whom a page is special: a table.
+        let fetch = |page| from(0, fetch(page, 0, true));
+        let mut owner = owner;
+        let mut sent = step(&mut owner, fetch(2)).unwrap();
+        sent.extend(step(&mut owner, fetch(3)).unwrap());
         step(&mut home, from(1, sent[0].clone())).unwrap();
         assert_eq!((home.access(2), home.access(3), home.asked_blocks(), home.quiet()), (Access::Exclusive, Access::Invalid, 0, false));
         let block = from(1, Message::GivenBlock { page: 2, content: content(2) });
         assert_eq!(step(&mut home.clone(), block), Err("a GivenBlock home did not ask for"));
         step(&mut home, from(1, sent[1].clone())).unwrap();
         assert!(home.quiet());
+    }
+
+    #[test]
+    fn an_owner_to_whom_the_block_is_on_its_way_sends_it_on_whole() {
+        let [_, mut owner] = nodes();
+        owner.access[2..4].fill(Access::Invalid);
+        step(&mut owner, back(2)).unwrap();
+        assert_eq!(step(&mut owner, from(0, Message::FetchBlock { page: 2 })).unwrap(), []);
+        let sent = step(&mut owner, from(0, Message::GivenBlock { page: 2, content: content(2) })).unwrap();
+        assert!(matches!(sent[..], [Message::GivenBlock { page: 2, content: BlockContent::Pages(_) }]), "{sent:?}");
+        assert_eq!(owner.access(3), Access::Invalid);
+    }
+
+    #[test]
+    fn a_run_over_the_end_of_a_block_is_of_both() {
+        let [mut home, _] = nodes();
+        step(&mut home, back(0)).unwrap();
+        step(&mut home, back(2)).unwrap();
+        assert_eq!(home.asked_blocks(), 2);
+        step(&mut home, from(1, Message::DataRun { page: 1, write: true, data: vec![[7]; 2] })).unwrap();
+        assert_eq!(home.asked_blocks(), 0);
     }
 
     #[test]

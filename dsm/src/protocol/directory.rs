@@ -152,7 +152,7 @@ impl<const W: usize> Directory<W> {
     pub(super) fn is_alone(&self, page: u32, owner: NodeId, reader: NodeId) -> bool {
         match &self.places[(page - self.first) as usize] {
             Place::Owned { owner: of, sharers } => *of == owner && sharers.is_within(reader),
-            // More of them than one.
+            // Nobody's, or read by more than one.
             _ => false,
         }
     }

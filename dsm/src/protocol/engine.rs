@@ -102,6 +102,9 @@ pub struct Output<const W: usize> {
     pub freed: Vec<u32>,
     /// First pages of blocks that were to be asked for whole and won't come so ([`Input::AheadBlock`]).
     pub not_given: Vec<u32>,
+    /// Blocks of this home that go whole: the first page, to whom, and for it to write or to read. To this node itself
+    /// means that their owner is asked for them.
+    pub whole: Vec<(u32, NodeId, bool)>,
     /// A page bounces between hosts and might be a root: fresh [`Input::Roots`] would tell.
     pub want_roots: bool,
 }
@@ -534,7 +537,7 @@ impl<const W: usize> Engine<W> {
                 if !expected || self.access[page as usize] != Access::Invalid || !(1..=pte::ROOT_LEVEL).contains(&level) {
                     return bad("Replica", page);
                 }
-                self.comes_by_the_page(page);
+                self.come_by_the_page(page..page + 1);
                 self.counters.pages_in += 1;
                 out.completed.push(page);
                 memory.install(page, &data, true);
@@ -700,7 +703,7 @@ impl<const W: usize> Engine<W> {
             return Ok(());
         }
         let pending = self.pending.remove(&page).expect("just seen");
-        self.comes_by_the_page(page);
+        self.come_by_the_page(page..page + 1);
         out.completed.push(page);
         let mut shared = false;
         let access = &mut self.access[page as usize];

@@ -50,6 +50,11 @@ impl Intent {
         }
     }
 
+    /// Whether it is to write.
+    pub fn writes(self) -> bool {
+        self != Intent::Read
+    }
+
     fn encode(self) -> u8 {
         match self {
             Intent::Read => 0,

@@ -133,7 +133,7 @@ impl<const W: usize> Engine<W> {
                 self.answer(from, page, NodeSet::new(), answer, memory, out)
             });
         }
-        self.comes_by_the_page(first);
+        self.come_by_the_page(pages.clone());
         memory.install_range(first, &data, write);
         self.access[pages.start as usize..pages.end as usize].fill(if write { Access::Exclusive } else { Access::Shared });
         self.counters.pages_in += data.len() as u64;

@@ -10,9 +10,9 @@
 //! would have taken the copies back before. So they are good until the block takes their place.
 //!
 //! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
-//! messages, and come after such that were sent later (never before such that were sent sooner). Only three of
-//! these can be about its pages: what home asks of an owner or a reader ([`Message::Fetch`], [`Message::Invalidate`],
-//! [`Message::Recall`]). The asker, who has no request for any page of the block under way, keeps them until home's
+//! messages, and come after such that were sent later (never before such that were sent sooner). Only four of
+//! these can be about its pages: what home asks of an owner or a reader ([`Message::Fetch`], [`Message::FetchBlock`],
+//! [`Message::Invalidate`], [`Message::Recall`]; runs are so many Fetches). The asker, who has no request for any page of the block under way, keeps them until home's
 //! answer is there. If they mean the block's owner to be, it is the block. If they mean the copy that the asker reads,
 //! the page that it owns, or one that it once had, then home was busy with the page when it was asked for the block,
 //! and the answer, a refusal, is on its way already: nobody waits for long.
@@ -51,6 +51,7 @@ impl<const W: usize> Awaited<W> {
 fn asked_of_owner<const W: usize>(message: &Message<W>) -> Option<u32> {
     match *message {
         Message::Fetch { page, .. } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => Some(page),
+        Message::FetchBlock { page } => Some(page),
         _ => None,
     }
 }
@@ -163,9 +164,12 @@ impl<const W: usize> Engine<W> {
         };
         let written = self.directory.untouched(block.clone()).count() < block.len();
         let willing = intent.is_some_and(|intent| !written || intent != Intent::WriteUntouched);
-        let content = match willing && self.can_spare_block(from, &block) {
-            true => self.give_block(from, block, memory),
-            false => BlockContent::Stays,
+        let content = match intent.filter(|_| willing && self.can_spare_block(from, &block)) {
+            Some(intent) => {
+                out.whole.push((first, from, intent.writes()));
+                self.give_block(from, block, memory)
+            }
+            None => BlockContent::Stays,
         };
         self.send(from, Message::GivenBlock { page: first, content }, memory, out);
         Ok(())

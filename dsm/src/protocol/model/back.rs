@@ -77,6 +77,24 @@ fn blocks_taken_back_may_be_evicted_fetched_and_freed_meanwhile() {
     }
 }
 
+/// Home has given it away, and it is still on its way.
+#[test]
+fn blocks_taken_back_before_they_have_come_are_as_coherent() {
+    for losing in [false, true] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1), AheadBlock(X), Load(X, 0), Increment(Y, 1)]),
+            Cpu::new(1, &[AheadBlock(X), Increment(Y, 1)]),
+            Cpu::new(2, &[Load(X, 0)]),
+        ];
+        let world = owned(&[2, 0, 0], cpus);
+        let world = if losing { world.losing(ANY) } else { world };
+        holds("a block taken back before it has come", world, 0, |w| match losing {
+            true => Ok(()),
+            false => require(w.value(Y, 1) == 2, || "an increment is lost".into()),
+        });
+    }
+}
+
 #[test]
 fn a_table_change_is_in_place_before_the_block_that_its_home_takes_back() {
     for homes in [&[0, 6][..], &[0, 6, 0]] {
