@@ -26,7 +26,7 @@ impl<const W: usize> BlockMemory<W> for Vec<PageData<W>> {
     }
 }
 
-/// What home answers to who asked for a whole block.
+/// What home answers to who asked for a whole block, or an owner whom home asked for one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum BlockContent<const W: usize> {
     /// The block stays where it is.

@@ -104,20 +104,22 @@ impl Fault {
 
 pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let (mut trip, mut resolve, mut turns) = (Times::new(), Times::new(), Times::new());
+    let mut fetched = Times::new();
     let (mut read, mut write) = (Fault::new("read miss"), Fault::new("write miss"));
     let (mut upgrade, mut untouched) = (Fault::new("upgrade"), Fault::new("page nobody wrote"));
     let mut breakdown = Breakdown::default();
     let scattered = |touch, n, seed| Job::scattered(touch, arena(n), PAGES, TOUCHES, seed * 977);
     for round in 0..bench.rounds {
-        bench
-            .network
-            .round_trips(TOUCHES as usize)?
+        let trips = bench.network.lock().unwrap().round_trips(TOUCHES as usize)?;
+        trips
             .into_iter()
             .for_each(|t| trip.add(t.as_secs_f64() * 1e6));
         let bare = bench
             .faults
             .run(Job::scattered(Touch::Read, ARENA, PAGES, TOUCHES, round * 977))?;
         bench.add_all(&[bare], &mut resolve);
+        let job = Job::scattered(Touch::Read, ARENA, PAGES, TOUCHES, round * 977 + 1);
+        bench.add_all(&[bench.faults.run_over(&bench.network, job)?], &mut fetched);
 
         // The owner writes its pages again, so that it alone has them.
         let job = scattered(Touch::Read, 0, round);
@@ -189,6 +191,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.section("Floors");
     figures.times("4 KiB round trip, bare transport", &trip, None);
     figures.times("userfaultfd resolve, bare", &resolve, None);
+    figures.times("both as one: a fault answered by the bare transport", &fetched, Some(floor));
     figures.section("Faults; the floor is the sum of the two above");
     read.put(bench, Some(floor));
     figures.put(Figure {
@@ -197,6 +200,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         unit: "us",
         beside: Beside::Rival(giantvm(bench.transport)),
     });
+    figures.times("read miss beside a fault answered by the bare transport", &read.times, Some(fetched.three()));
     write.put(bench, Some(floor));
     upgrade.put(bench, None);
     untouched.put(bench, None);

@@ -94,6 +94,9 @@ fn serve_stream(stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// What is done with a page that has come.
+pub type Then = Box<dyn FnOnce(&[u8]) + Send>;
+
 /// The asking side.
 pub enum Bare {
     Tcp(BareStream),
@@ -116,6 +119,17 @@ impl Bare {
         match self {
             Bare::Tcp(stream) => Ok(stream.round_trips(count)?),
             Bare::Rdma(asking) => asking.round_trips(count),
+        }
+    }
+
+    /// Asks for a page. `then` is called with it: by RDMA later, on the thread that receives.
+    pub fn fetch(&mut self, then: Then) -> anyhow::Result<()> {
+        match self {
+            Bare::Tcp(stream) => Ok(stream.fetch(then)?),
+            Bare::Rdma(asking) => {
+                asking.fetch(then);
+                Ok(())
+            }
         }
     }
 
@@ -155,6 +169,13 @@ impl BareStream {
             work.join()
                 .unwrap_or_else(|_| Err(io::Error::other("the measuring thread panicked")))
         })
+    }
+
+    fn fetch(&mut self, then: Then) -> io::Result<()> {
+        self.ask(PAGE_SIZE as u64, Of::Chunk)?;
+        self.stream.read_exact(&mut self.buffer[..PAGE_SIZE])?;
+        then(&self.buffer[..PAGE_SIZE]);
+        Ok(())
     }
 
     fn stream(&mut self, bytes: u64, of: Of) -> io::Result<Duration> {

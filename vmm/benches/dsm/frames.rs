@@ -65,6 +65,8 @@ pub fn serve(stream: TcpStream) -> anyhow::Result<()> {
 /// What the asking side waits for.
 #[derive(Default)]
 struct Awaited {
+    /// For the one page that is asked for by itself.
+    then: Option<floor::Then>,
     /// Bytes of the answer under way that are still to come, and what each answer has.
     left: u64,
     each: u64,
@@ -93,6 +95,10 @@ impl Receiver {
 impl Handler for Receiver {
     fn frame(&self, _: usize, _: u8, payload: &[u8]) {
         let mut awaited = self.awaited.lock().unwrap();
+        if let Some(then) = awaited.then.take() {
+            drop(awaited);
+            return then(payload);
+        }
         awaited.left = awaited.left.saturating_sub(payload.len() as u64);
         let Some(begun) = awaited.begun.filter(|_| awaited.left == 0) else { return };
         let now = Instant::now();
@@ -152,6 +158,12 @@ impl Asking {
             bail!("the second node did not answer for {PATIENCE:?}");
         }
         Ok(std::mem::take(&mut awaited.times))
+    }
+
+    /// Asks for a page, which `then` is called with.
+    pub fn fetch(&self, then: floor::Then) {
+        self.receiver.awaited.lock().unwrap().then = Some(then);
+        self.receiver.ask(PAGE_SIZE as u64);
     }
 
     pub fn round_trips(&mut self, count: usize) -> anyhow::Result<Vec<Duration>> {

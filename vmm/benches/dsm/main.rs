@@ -19,6 +19,7 @@ mod stream;
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use clap::Parser;
@@ -79,7 +80,7 @@ enum Part {
 struct Bench {
     node: Node,
     peer: Peer,
-    network: floor::Bare,
+    network: Arc<Mutex<floor::Bare>>,
     faults: node::Bare,
     figures: Figures,
     rounds: u64,
@@ -136,7 +137,7 @@ fn main() -> anyhow::Result<()> {
     let mut bench = Bench {
         node,
         peer,
-        network: floor::Bare::new(options.transport, streams.floor)?,
+        network: Arc::new(Mutex::new(floor::Bare::new(options.transport, streams.floor)?)),
         faults: node::Bare::new()?,
         figures: Figures::new(options.json),
         rounds: options.rounds.max(1),

@@ -18,6 +18,9 @@ use krg_vmm::ownership::Message;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use vm_memory::{Bytes, GuestAddress};
 
+use zerocopy::IntoBytes;
+
+use super::floor;
 use super::guest::{self, Job, LOADED};
 
 /// Memory of each node.
@@ -347,6 +350,8 @@ pub struct Bare {
     answers: Option<std::thread::JoinHandle<()>>,
     stop: krg_dsm::memory::FaultStop,
     memory: Arc<Mutex<krg_dsm::memory::UffdMemory>>,
+    /// Where pages come from, if not from here.
+    source: Arc<Mutex<Option<Arc<Mutex<floor::Bare>>>>>,
 }
 
 impl Bare {
@@ -363,12 +368,28 @@ impl Bare {
         let mut source = sources.pop().context("a userfaultfd without faults")?;
         let stop = source.stopper();
         let filled = memory.clone();
+        let from = Arc::new(Mutex::new(None::<Arc<Mutex<floor::Bare>>>));
+        let network = from.clone();
         let answers = std::thread::spawn(move || {
-            super::floor::raise();
+            floor::raise();
             let (mut faults, data) = (Vec::new(), Box::new([1; PAGE_WORDS]));
             while let Ok(true) = source.next_batch(&mut faults) {
-                for fault in &faults {
-                    filled.lock().unwrap().install(fault.page, &data, fault.write);
+                for &fault in &faults {
+                    let network = network.lock().unwrap().clone();
+                    let Some(network) = network else {
+                        filled.lock().unwrap().install(fault.page, &data, fault.write);
+                        continue;
+                    };
+                    let filled = filled.clone();
+                    let install = move |page: &[u8]| {
+                        let mut words = [0; PAGE_WORDS];
+                        words.as_mut_bytes().copy_from_slice(page);
+                        filled.lock().unwrap().install(fault.page, &words, fault.write);
+                    };
+                    // Without an answer the vCPU waits until the job has taken too long.
+                    if let Err(error) = network.lock().unwrap().fetch(Box::new(install)) {
+                        eprintln!("asking the second node for a page: {error:#}");
+                    }
                 }
             }
         });
@@ -380,6 +401,7 @@ impl Bare {
             answers: Some(answers),
             stop,
             memory,
+            source: from,
         })
     }
 
@@ -390,6 +412,15 @@ impl Bare {
         let mut memory = self.memory.lock().unwrap();
         job.frames().for_each(|frame| memory.discard(frame as u32));
         Ok(times.into_iter().next().unwrap_or_default())
+    }
+
+    /// The same with every page fetched over the bare network: what no fault can be faster than that has to ask another
+    /// node, whatever that does.
+    pub fn run_over(&self, network: &Arc<Mutex<floor::Bare>>, job: Job) -> anyhow::Result<Vec<(u64, u64)>> {
+        *self.source.lock().unwrap() = Some(network.clone());
+        let times = self.run(job);
+        *self.source.lock().unwrap() = None;
+        times
     }
 
     /// The same with the pages there before: what the guest's reading and KVM's own faults take.

@@ -77,7 +77,7 @@ impl Scan {
 
     fn run(&mut self, bench: &mut Bench) -> anyhow::Result<()> {
         for (of, moved) in [(Of::Memory, &mut self.bare), (Of::Chunk, &mut self.again)] {
-            moved.add(self.pages, bench.network.stream(self.pages * 4096, of)?.as_secs_f64() * 1e6);
+            moved.add(self.pages, bench.network.lock().unwrap().stream(self.pages * 4096, of)?.as_secs_f64() * 1e6);
         }
         // The owner writes its pages again, so that it alone has them.
         bench.peer.run(Job::forward(Touch::Fill, BASE, self.pages))?;
