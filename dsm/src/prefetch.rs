@@ -23,10 +23,10 @@ const CONFIRMED_LATE: u32 = 8;
 const FIRST_WINDOW: u32 = 8;
 const LAST_WINDOW: u32 = 1024;
 /// Neighbouring pages after which a stream asks for whole blocks, and its largest window then.
-const LONG: u32 = 32;
+const LONG: u32 = 64;
 const BLOCKS_WINDOW: u32 = 2048;
 /// Pages after which a stream has come so far that it may take pages from others.
-const FAR: u32 = 16;
+const FAR: u32 = 32;
 /// Pages by which accuracy is judged; older ones count half, a quarter, ...
 const MEMORY: u64 = 16384;
 /// Pages that may be wasted before anything is believed less.
@@ -374,7 +374,7 @@ mod tests {
 
     #[test]
     fn no_blocks_for_streams_that_leave_pages_out_or_are_short() {
-        for (step, pages) in [(2, 4000), (-3, 4000), (1, 30)] {
+        for (step, pages) in [(2, 4000), (-3, 4000), (1, 60)] {
             let mut p = Predictor::default();
             for n in 0..pages {
                 assert_eq!(p.fault(1, (100_000 + n * step) as u32, u32::MAX, 512).blocks, [0; 0], "step {step}");

@@ -132,11 +132,11 @@ fn streams_of_writes_take_memory_nobody_wrote_without_data() {
 #[test]
 fn streams_of_writes_take_what_others_wrote_once_they_are_long() {
     let nodes = two();
-    writes(&nodes[0], PAGES..PAGES + 14);
+    writes(&nodes[0], PAGES..PAGES + 30);
     let c = nodes[0].counters();
     // A fault may find its page asked for already, and about to be refused.
-    assert!(c.write_faults <= 14 && c.pages_in == 14, "fourteen pages may be all: {c:?}");
-    writes(&nodes[0], PAGES + 14..2 * PAGES);
+    assert!(c.write_faults <= 30 && c.pages_in == 30, "thirty pages may be all: {c:?}");
+    writes(&nodes[0], PAGES + 30..2 * PAGES);
     let c = nodes[0].counters();
     println!("{} faults, {} asked for, {} not given, {} blocks", c.write_faults, c.prefetches, c.prefetches_refused, c.blocks_in);
     let moves = nodes[0].dsm.moves_blocks();
