@@ -102,26 +102,19 @@ impl Contention {
         told
     }
 
-    /// Pages have come. Which of them were waited for, be it before.
-    pub fn arrived(&mut self, pages: Range<u32>, now: u64) -> impl Iterator<Item = u32> {
-        self.pages.range_mut(pages).map(move |(page, entry)| {
-            entry.arrived = Some(now);
-            *page
-        })
+    /// Pages have come.
+    pub fn arrived(&mut self, pages: Range<u32>, now: u64) {
+        self.pages.range_mut(pages).for_each(|(_, entry)| entry.arrived = Some(now));
     }
 
-    /// Those of the pages that were waited for at some time.
-    pub fn known(&self, pages: Range<u32>) -> impl Iterator<Item = u32> {
-        self.pages.range(pages).map(|(page, _)| *page)
-    }
-
-    /// A page was taken away.
-    pub fn taken(&mut self, page: u32, now: u64) {
-        let Some(entry) = self.pages.get_mut(&page) else { return };
-        let Some(arrived) = entry.arrived.take() else { return };
-        if now.saturating_sub(arrived) < BOUNCE {
-            entry.bounces = entry.bounces.saturating_add(1);
-            self.bounces += 1;
+    /// Those of the pages that are `gone` were taken away.
+    pub fn taken(&mut self, pages: Range<u32>, now: u64, gone: impl Fn(u32) -> bool) {
+        for (_, entry) in self.pages.range_mut(pages).filter(|(page, _)| gone(**page)) {
+            let Some(arrived) = entry.arrived.take() else { continue };
+            if now.saturating_sub(arrived) < BOUNCE {
+                entry.bounces = entry.bounces.saturating_add(1);
+                self.bounces += 1;
+            }
         }
     }
 
@@ -162,21 +155,21 @@ mod tests {
 
     fn bounce(contention: &mut Contention, page: u32, thread: u32, at: u64) {
         contention.fault(page, thread);
-        contention.arrived(page..page + 1, at).for_each(drop);
-        contention.taken(page, at + 100);
+        contention.arrived(page..page + 1, at);
+        contention.taken(page..page + 1, at + 100, |_| true);
     }
 
     #[test]
     fn a_page_bounces_if_it_goes_soon_after_it_came() {
         let mut c = Contention::default();
         bounce(&mut c, 7, 1, 0);
-        c.taken(7, 200);
+        c.taken(7..8, 200, |_| true);
         assert_eq!(c.bounces(), 1, "it had not come again");
         c.fault(7, 1);
-        c.arrived(0..8, 1000).for_each(drop);
-        c.taken(7, 1000 + BOUNCE);
+        c.arrived(0..8, 1000);
+        c.taken(7..8, 1000 + BOUNCE, |_| true);
         assert_eq!(c.bounces(), 1, "it stayed for long");
-        c.taken(8, 5);
+        c.taken(8..9, 5, |_| true);
         assert_eq!(c.bounces(), 1, "never waited for");
     }
 

@@ -522,18 +522,17 @@ impl Dsm {
         }
         // What is kept for a block on its way takes nothing yet.
         if result.is_ok() && !wanted.is_empty() {
-            let is_taken = |page: &u32| engine.access(*page) == Access::Invalid && !engine.is_block_asked(*page);
-            let taken: Vec<u32> = contention.known(wanted).filter(is_taken).collect();
-            taken.into_iter().for_each(|page| contention.taken(page, nanos(*begun) / 1000));
+            let gone = |page: u32| engine.access(page) == Access::Invalid && !engine.is_block_asked(page);
+            contention.taken(wanted, nanos(*begun) / 1000, gone);
         }
         let now = nanos(*begun);
         for run in out.completed.chunk_by(|one, next| one + 1 == *next) {
             let pages = run[0]..run[0] + run.len() as u32;
             cache.came(pages.clone());
-            let here: Vec<u32> = contention.arrived(pages.clone(), now / 1000).collect();
-            stalls.arrived(pages, now, |page, thread, node| contention.fetched(page, thread, node));
+            contention.arrived(pages.clone(), now / 1000);
+            stalls.arrived(pages.clone(), now, |page, thread, node| contention.fetched(page, thread, node));
             // These came with their block, and somebody had asked for them before.
-            here.iter().filter(|page| engine.access(**page) == Access::Invalid).for_each(|page| contention.taken(*page, now / 1000));
+            contention.taken(pages, now / 1000, |page| engine.access(page) == Access::Invalid);
         }
         out.completed.clear();
         if memory.copies() != copies {

@@ -23,8 +23,7 @@ impl UffdMemory {
     /// Takes the very memory of a block whose pages are all present; where the kernel can't do that, a copy of what
     /// they hold once they are frozen. Zeros after an error.
     pub(super) fn take_block_out(&mut self, block: Range<u32>) -> BlockData<PAGE_WORDS> {
-        let huge = self.blocks.is_huge(block.start / BLOCK_PAGES);
-        let taken = self.try_take_over(block.clone(), huge);
+        let taken = self.try_take_over(block.clone());
         if let Some(Some(slot)) = self.keep(taken) {
             block.for_each(|page| self.access.set(page, Access::Absent));
             return BlockData::new(slot);
@@ -41,13 +40,14 @@ impl UffdMemory {
         BlockData::new(slot)
     }
 
-    fn try_take_over(&mut self, block: Range<u32>, huge: bool) -> Result<Option<Slot>, MemoryError> {
+    fn try_take_over(&mut self, block: Range<u32>) -> Result<Option<Slot>, MemoryError> {
         for page in block.clone() {
             self.present(page, "take out")?;
         }
         if block.len() != BLOCK_PAGES as usize || !self.ram().block_is_whole(block.start / BLOCK_PAGES) {
             return Ok(None);
         }
+        let huge = self.blocks.is_huge(block.start / BLOCK_PAGES);
         // From then on who finds a page absent waits for the protocol.
         self.share_block_of(block.start)?;
         // A mapping that loses all its memory so loses what it has in common with its neighbours (anon_vma), and would

@@ -2,9 +2,9 @@
 //!
 //! A node that expects to read pages asks their home for all of them at once. Home gives copies of those
 //! it owns itself, in one message, and refuses the rest: what another node owns, what is busy, a page
-//! table, and a page that went to another writer a short while ago, if that has not passed it. A refusal changes nothing anywhere. What is
-//! given is given as to a reader whose request home answers itself, so nobody says Done: whatever home sends
-//! next about the page comes behind it. It is migratory no longer.
+//! table, and a page that went to another writer a short while ago, if that has not passed it. A refusal changes
+//! nothing anywhere. What is given is given as to a reader whose request home answers itself, so nobody says Done:
+//! whatever home sends next about the page comes behind it. It is migratory no longer.
 //!
 //! A node that expects to write them is given those that nobody wrote, without data, and, if it is sure enough to
 //! ask for them, those that home alone has, as it would be on a write request; all of them are its own.

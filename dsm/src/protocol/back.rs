@@ -25,12 +25,7 @@ impl<const W: usize> Engine<W> {
     /// nothing else is going on there. Whether it did.
     pub(super) fn take_block_back(&mut self, block: Range<u32>, intent: Intent, memory: &mut impl Memory<W>, out: &mut Output<W>) -> bool {
         let Some(owner) = self.owner_of_block(&block).filter(|_| intent != Intent::WriteUntouched) else { return false };
-        // Here is no copy any more that the block would have to take the place of.
-        let here: Vec<u32> = block.clone().filter(|page| self.access[*page as usize] == Access::Shared).collect();
-        for run in here.chunk_by(|one, next| one + 1 == *next) {
-            memory.discard_run(run[0]..run[0] + run.len() as u32);
-        }
-        self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
+        self.drop_copies(&block, memory);
         self.directory.write_shared.unmark_all(block.clone());
         for page in block.clone() {
             *self.directory.place(page) = Place::owned(self.me, NodeSet::new());
@@ -77,11 +72,7 @@ impl<const W: usize> Engine<W> {
         let Some(block) = self.block_from(first).filter(|_| self.geometry.home(first) == from && from != self.me) else {
             return Err(ProtocolError { from, what: "a FetchBlock for what is no block of this home", page: first });
         };
-        let plain = |page: u32| {
-            let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
-            here && self.tables.level(page).is_none()
-        };
-        if !block.clone().all(plain) {
+        if !block.clone().all(|page| self.leaves_as_data(page)) {
             return block.into_iter().try_for_each(|page| self.receive(from, fetch(page, from, true), memory, out));
         }
         let data = self.take_out(block.clone(), memory);
@@ -172,6 +163,7 @@ fn remove_range<V>(map: &mut BTreeMap<u32, V>, pages: &Range<u32>) {
 #[cfg(test)]
 mod tests {
     use super::super::memory::Quiet;
+    use super::super::runs::tests::{from, step};
     use super::super::{Geometry, Input};
     use super::*;
 
@@ -189,16 +181,6 @@ mod tests {
             step(&mut nodes[1], from(0, given[0].clone())).unwrap();
         }
         nodes
-    }
-
-    fn step(node: &mut Engine<1>, input: Input<1>) -> Result<Vec<Message<1>>, &'static str> {
-        let mut out = Output::default();
-        node.step(input, &mut Quiet, &mut out).map_err(|error| error.what)?;
-        Ok(out.sends.into_iter().map(|(_, message)| message).collect())
-    }
-
-    fn from(from: NodeId, message: Message<1>) -> Input<1> {
-        Input::Message { from, message }
     }
 
     fn back(first: u32) -> Input<1> {

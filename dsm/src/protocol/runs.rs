@@ -77,6 +77,11 @@ impl<const W: usize> Engine<W> {
         }
     }
 
+    /// Whether a page is here and no table: nothing but what it holds is to be told when it leaves.
+    pub(super) fn leaves_as_data(&self, page: u32) -> bool {
+        matches!(self.access[page as usize], Access::Shared | Access::Exclusive) && self.tables.level(page).is_none()
+    }
+
     /// As owner: home wants these pages for itself.
     pub(super) fn fetch_run(
         &mut self,
@@ -88,10 +93,7 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let pages = self.run_of(from, from, first, count as usize, "FetchRun")?;
-        let plain = |page: u32| {
-            let here = matches!(self.access[page as usize], Access::Shared | Access::Exclusive);
-            here && self.tables.level(page).is_none() && !self.is_block_asked(page)
-        };
+        let plain = |page: u32| self.leaves_as_data(page) && !self.is_block_asked(page);
         if self.bug.is_some() || !pages.clone().all(plain) {
             return pages.into_iter().try_for_each(|page| self.receive(from, fetch(page, from, write), memory, out));
         }
@@ -147,7 +149,7 @@ impl<const W: usize> Engine<W> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::memory::Quiet;
     use super::super::{Bug, Geometry, Input};
     use super::*;
@@ -164,13 +166,15 @@ mod tests {
         nodes
     }
 
-    fn step(node: &mut Engine<1>, input: Input<1>) -> Result<Vec<Message<1>>, &'static str> {
+    /// What a node sends.
+    pub fn step(node: &mut Engine<1>, input: Input<1>) -> Result<Vec<Message<1>>, &'static str> {
         let mut out = Output::default();
         node.step(input, &mut Quiet, &mut out).map_err(|error| error.what)?;
         Ok(out.sends.into_iter().map(|(_, message)| message).collect())
     }
 
-    fn from(from: NodeId, message: Message<1>) -> Input<1> {
+    /// A message arrives.
+    pub fn from(from: NodeId, message: Message<1>) -> Input<1> {
         Input::Message { from, message }
     }
 

@@ -12,8 +12,8 @@
 //! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
 //! messages, and come after such that were sent later (never before such that were sent sooner). Only four of
 //! these can be about its pages: what home asks of an owner or a reader ([`Message::Fetch`], [`Message::FetchBlock`],
-//! [`Message::Invalidate`], [`Message::Recall`]; runs are so many Fetches). The asker, who has no request for any page of the block under way, keeps them until home's
-//! answer is there. If they mean the block's owner to be, it is the block. If they mean the copy that the asker reads,
+//! [`Message::Invalidate`], [`Message::Recall`]; runs are so many Fetches). The asker, who has no request for any page of
+//! the block under way, keeps them until home's answer is there. If they mean the block's owner to be, it is the block. If they mean the copy that the asker reads,
 //! the page that it owns, or one that it once had, then home was busy with the page when it was asked for the block,
 //! and the answer, a refusal, is on its way already: nobody waits for long.
 
@@ -50,8 +50,7 @@ impl<const W: usize> Awaited<W> {
 /// The page of a message by which home asks something of a page's owner or reader.
 fn asked_of_owner<const W: usize>(message: &Message<W>) -> Option<u32> {
     match *message {
-        Message::Fetch { page, .. } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => Some(page),
-        Message::FetchBlock { page } => Some(page),
+        Message::Fetch { page, .. } | Message::FetchBlock { page } | Message::Invalidate { page, .. } | Message::Recall { page, .. } => Some(page),
         _ => None,
     }
 }
@@ -108,8 +107,8 @@ impl<const W: usize> Engine<W> {
         self.blocks.len() + self.taking.len()
     }
 
-    /// Asks for the whole block from `first` on. If this is its home, as [`Engine::take_block_back`] says; else if no page of it can be written here
-    /// or was asked for to be, some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`]
+    /// Asks for the whole block from `first` on. If this is its home, as [`Engine::take_block_back`] says; else if no
+    /// page of it can be written here or was asked for to be, some can't be read, and nobody here waits for one. Pages asked for by [`Message::Ask`]
     /// come before it.
     /// `out.not_given` says what won't come.
     pub(super) fn ask_block(&mut self, first: u32, intent: Intent, memory: &mut impl Memory<W>, out: &mut Output<W>) {
@@ -208,6 +207,19 @@ impl<const W: usize> Engine<W> {
         BlockContent::Pages(self.take_out(block, memory))
     }
 
+    /// Nothing of a block is here any more that it would have to take the place of.
+    pub(super) fn drop_copies(&mut self, block: &Range<u32>, memory: &mut impl Memory<W>) {
+        let mut next = block.start;
+        while next < block.end {
+            let end = (next..block.end).find(|page| self.access[*page as usize] == Access::Invalid).unwrap_or(block.end);
+            if end > next {
+                memory.discard_run(next..end);
+            }
+            next = end + 1;
+        }
+        self.access[block.start as usize..block.end as usize].fill(Access::Invalid);
+    }
+
     /// Home's answer: the block, or that it won't come.
     pub(super) fn given_block(
         &mut self,
@@ -243,14 +255,7 @@ impl<const W: usize> Engine<W> {
         if short || self.ahead.range(block.clone()).next().is_some() {
             return bad;
         }
-        let mut next = block.start;
-        while next < block.end {
-            let end = (next..block.end).find(|page| self.access[*page as usize] == Access::Invalid).unwrap_or(block.end);
-            if end > next {
-                memory.discard_run(next..end);
-            }
-            next = end + 1;
-        }
+        self.drop_copies(&block, memory);
         match data {
             Some(data) => {
                 memory.install_block(first, data);
