@@ -463,7 +463,7 @@ impl Dsm {
         // Somebody else wants a page that is here.
         let wanted = match &input {
             Input::Message { message: Message::Fetch { page, .. } | Message::Invalidate { page, .. }, .. } => *page..page.saturating_add(1),
-            Input::Message { message: Message::FetchRun { page, count, .. }, .. } => *page..page.saturating_add(*count),
+            Input::Message { message: Message::FetchRun { page, count, .. } | Message::InvalidateRun { page, count, .. }, .. } => *page..page.saturating_add(*count),
             Input::Message { message: Message::FetchBlock { page }, .. } => *page..page.saturating_add(BLOCK_PAGES),
             _ => 0..0,
         };
@@ -657,6 +657,7 @@ fn note_part(stalls: &mut Stalls, from: NodeId, message: &Message<PAGE_WORDS>) {
         Message::GivenBlock { page, content: BlockContent::Zeros } => (*page, BLOCK_PAGES, Part::Granted),
         Message::GivenBlock { page, content: BlockContent::Pages(_) } => (*page, BLOCK_PAGES, Part::Sent),
         Message::InvalidateAck { page } => (*page, 1, Part::Dropped),
+        Message::InvalidateAckRun { page, count } => (*page, *count, Part::Dropped),
         Message::Grant { page, .. } => (*page, 1, Part::Granted),
         Message::Given { page, given, .. } => {
             let bits = (0..u64::BITS).filter(|bit| given >> bit & 1 == 1).map(|bit| page.saturating_add(bit));

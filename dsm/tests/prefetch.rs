@@ -234,8 +234,12 @@ fn streams_take_no_blocks_without_room() {
     let nodes = with_room(1024);
     reads(&nodes, PAGES..2 * PAGES);
     let (c, copies) = (nodes[0].counters(), nodes[0].dsm.copies());
-    println!("{} faults, {} evictions, {copies:?}", c.read_faults, c.evictions);
+    let traffic = nodes[0].dsm.traffic(1).class(krg_dsm::node::PROTOCOL);
+    let messages = traffic.frames_out + traffic.frames_in;
+    println!("{} faults, {} evictions, {messages} messages, {copies:?}", c.read_faults, c.evictions);
     assert_eq!((c.blocks_asked, copies.overruns), (0, 0));
+    // By the page two for each eviction alone.
+    assert!(messages < c.evictions, "{messages} messages for {} evictions", c.evictions);
     stop(nodes);
 }
 

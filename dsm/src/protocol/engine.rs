@@ -350,7 +350,7 @@ impl<const W: usize> Engine<W> {
         while let Some(message) = self.loopback.pop_front() {
             self.receive(self.me, message, memory, out)?;
         }
-        self.join_fetches(out);
+        self.join_runs(out);
         Ok(())
     }
 
@@ -462,6 +462,8 @@ impl<const W: usize> Engine<W> {
             Message::Freed { id } => self.freed(from, id, out)?,
             Message::Evict { page, count } => self.home_evict_run(from, page, count, memory, out)?,
             Message::FetchRun { page, count, write } => self.fetch_run(from, page, count, write, memory, out)?,
+            Message::InvalidateRun { page, count, requester } => self.invalidate_run(from, page, count, requester, memory, out)?,
+            Message::InvalidateAckRun { page, count } => self.invalidated_run(from, page, count, memory, out)?,
             Message::FetchBlock { page } => self.fetch_block(from, page, memory, out)?,
             Message::DataRun { page, write, data } => self.data_run(from, page, write, data, memory, out)?,
             Message::Demote { page } => self.home_demote(from, page, memory, out)?,

@@ -128,6 +128,10 @@ pub enum Message<const W: usize> {
     FetchRun { page: u32, count: u32, write: bool },
     /// Owner to home: the pages. As so many a Data with `done`.
     DataRun { page: u32, write: bool, #[serde(with = "pages")] data: Vec<PageData<W>> },
+    /// Home to sharer: drop your copies of `count` pages from this one on. As so many an Invalidate.
+    InvalidateRun { page: u32, count: u32, requester: NodeId },
+    /// Sharer to requester: all of them dropped. As so many an InvalidateAck.
+    InvalidateAckRun { page: u32, count: u32 },
     /// Home to owner: send me your pages of the block that starts with this one. As so many a Fetch to write with
     /// `alone` and `done`, for home itself; answered by a GivenBlock, or by the page.
     FetchBlock { page: u32 },
@@ -158,7 +162,8 @@ pub struct Malformed;
 /// Most changes in one message; a flush with more is split.
 pub const MAX_CHANGES: usize = 8192;
 
-/// Most pages of a [`Message::FetchRun`], a [`Message::DataRun`] and a [`Message::Evict`].
+/// Most pages of a [`Message::FetchRun`], a [`Message::DataRun`], a [`Message::InvalidateRun`], its answer and a
+/// [`Message::Evict`].
 pub const MAX_RUN: u32 = 64;
 
 impl<const W: usize> Message<W> {
@@ -256,6 +261,15 @@ impl<const W: usize> Message<W> {
                 out.push(u8::from(*write));
             }
             FetchBlock { page } => head(out, 31, *page),
+            InvalidateRun { page, count, requester } => {
+                head(out, 32, *page);
+                out.extend(count.to_le_bytes());
+                out.extend(requester.to_le_bytes());
+            }
+            InvalidateAckRun { page, count } => {
+                head(out, 33, *page);
+                out.extend(count.to_le_bytes());
+            }
             DataRun { page, write, data } => {
                 head(out, 30, *page);
                 out.push(u8::from(*write));
@@ -360,6 +374,8 @@ impl<const W: usize> Message<W> {
             22 => Evict { page, count: r.u32()? },
             29 => FetchRun { page, count: r.u32()?, write: flag(r.u8()?, 0) },
             31 => FetchBlock { page },
+            32 => InvalidateRun { page, count: r.u32()?, requester: r.u16()? },
+            33 => InvalidateAckRun { page, count: r.u32()? },
             30 => {
                 let (write, count) = (flag(r.u8()?, 0), r.u32()?);
                 if count > MAX_RUN {
@@ -411,6 +427,7 @@ impl<const W: usize> Message<W> {
                 | Message::Given { .. }
                 | Message::GivenBlock { content: BlockContent::Pages(_), .. }
                 | Message::InvalidateAck { .. }
+                | Message::InvalidateAckRun { .. }
                 | Message::Machine(_)
         )
     }
@@ -430,7 +447,9 @@ impl<const W: usize> Message<W> {
                 | FetchRun { .. }
                 | FetchBlock { .. }
                 | Invalidate { .. }
+                | InvalidateRun { .. }
                 | InvalidateAck { .. }
+                | InvalidateAckRun { .. }
                 | Done { .. }
                 | Gone { .. }
                 | Recall { .. }
@@ -443,6 +462,7 @@ impl<const W: usize> Message<W> {
         use Message::*;
         match *self {
             Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
+            InvalidateRun { page, .. } | InvalidateAckRun { page, .. } => Some(page),
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
             Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page, .. } | FetchRun { page, .. } | DataRun { page, .. } => Some(page),
@@ -601,6 +621,8 @@ mod tests {
             Ask { page: 9, wanted: 1, intent: Intent::WriteUntouched },
             Given { page: 9, wanted: 0b101, given: 0b100, zeros: 0, write: false, data: vec![[3, 4]] },
             Given { page: 9, wanted: 7, given: 7, zeros: 2, write: true, data: vec![[3, 4], [5, 6]] },
+            InvalidateRun { page: 4, count: 64, requester: 999 },
+            InvalidateAckRun { page: 4, count: 64 },
             FetchBlock { page: 512 },
             AskBlock { page: 512, intent: Intent::Read },
             AskBlock { page: 512, intent: Intent::WriteUntouched },

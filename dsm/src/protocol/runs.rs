@@ -1,8 +1,9 @@
-//! Neighbouring pages that home asks of one owner in one step, and gets, together: one message each way instead of
-//! one a page, and one operation of the memory instead of one a page.
+//! Neighbouring pages that home asks of one owner in one step, and gets, or has dropped by one sharer, together: one
+//! message each way instead of one a page, and one operation of the memory instead of one a page.
 //!
 //! It is nothing new to the protocol. A [`Message::FetchRun`] is so many a [`Message::Fetch`] that follow each other,
-//! and a [`Message::DataRun`] so many a [`Message::Data`]; where one of the pages is special to who receives
+//! a [`Message::DataRun`] so many a [`Message::Data`], a [`Message::InvalidateRun`] so many a [`Message::Invalidate`] and a
+//! [`Message::InvalidateAckRun`] so many a [`Message::InvalidateAck`]; where one of the pages is special to who receives
 //! them, they are taken one by one.
 
 use std::ops::Range;
@@ -12,43 +13,71 @@ use super::memory::{Memory, PageData};
 use super::message::{MAX_RUN, Message, NodeId};
 use super::node_set::NodeSet;
 
+/// Runs to different nodes that are made at a time.
+const SIDE_BY_SIDE: usize = 8;
+
 /// What one Fetch of a run is.
 pub(super) fn fetch<const W: usize>(page: u32, requester: NodeId, write: bool) -> Message<W> {
     Message::Fetch { page, requester, write, acks: NodeSet::new(), alone: true, table: false, done: true, migratory: false }
 }
 
+/// A message as a run of one, if it may be part of a run. `me` sends it.
+fn as_run<const W: usize>(me: NodeId, message: &Message<W>) -> Option<Message<W>> {
+    match *message {
+        Message::Fetch { page, requester, write, ref acks, alone: true, table: false, done: true, migratory: false }
+            if requester == me && acks.is_empty() =>
+        {
+            Some(Message::FetchRun { page, count: 1, write })
+        }
+        Message::Invalidate { page, requester } => Some(Message::InvalidateRun { page, count: 1, requester }),
+        _ => None,
+    }
+}
+
+/// A run of one as what it was.
+fn as_one<const W: usize>(me: NodeId, message: &Message<W>) -> Option<Message<W>> {
+    match *message {
+        Message::FetchRun { page, count: 1, write } => Some(fetch(page, me, write)),
+        Message::InvalidateRun { page, count: 1, requester } => Some(Message::Invalidate { page, requester }),
+        _ => None,
+    }
+}
+
+/// Whether `run` has become one with the run of one that follows it.
+fn extend<const W: usize>(run: &mut Message<W>, next: &Message<W>) -> bool {
+    let (first, count, page) = match (run, next) {
+        (Message::FetchRun { page: first, count, write }, Message::FetchRun { page, write: same, .. }) if write == same => (*first, count, *page),
+        (Message::InvalidateRun { page: first, count, requester }, Message::InvalidateRun { page, requester: same, .. }) if requester == same => {
+            (*first, count, *page)
+        }
+        _ => return false,
+    };
+    let follows = first + *count == page && *count < MAX_RUN;
+    *count += u32::from(follows);
+    follows
+}
+
 impl<const W: usize> Engine<W> {
-    /// Makes runs of what home asks for itself.
-    pub(super) fn join_fetches(&self, out: &mut Output<W>) {
+    /// Makes runs of what home asks for itself, and of what it has dropped.
+    pub(super) fn join_runs(&self, out: &mut Output<W>) {
         if out.sends.len() < 2 {
             return;
         }
         let mut joined: Vec<(NodeId, Message<W>)> = Vec::with_capacity(out.sends.len());
         for (to, message) in out.sends.drain(..) {
-            let next = match &message {
-                Message::Fetch { page, requester, write, acks, alone: true, table: false, done: true, migratory: false }
-                    if *requester == self.me && acks.is_empty() =>
-                {
-                    Some((*page, *write))
-                }
-                _ => None,
-            };
-            let Some((page, write)) = next else {
+            let Some(run) = as_run(self.me, &message) else {
                 joined.push((to, message));
                 continue;
             };
-            match joined.last_mut() {
-                Some((before, Message::FetchRun { page: first, count, write: same }))
-                    if *before == to && *same == write && *first + *count == page && *count < MAX_RUN =>
-                {
-                    *count += 1;
-                }
-                _ => joined.push((to, Message::FetchRun { page, count: 1, write })),
+            // What goes to others may stand between them: only what goes to one node has an order.
+            let before = joined.iter_mut().rev().take(SIDE_BY_SIDE).find(|(before, _)| *before == to);
+            if !before.is_some_and(|(_, before)| extend(before, &run)) {
+                joined.push((to, run));
             }
         }
         for (_, message) in &mut joined {
-            if let Message::FetchRun { page, count: 1, write } = *message {
-                *message = fetch(page, self.me, write);
+            if let Some(one) = as_one(self.me, message) {
+                *message = one;
             }
         }
         out.sends = joined;
@@ -148,6 +177,50 @@ impl<const W: usize> Engine<W> {
     }
 }
 
+impl<const W: usize> Engine<W> {
+    /// As sharer: home has these copies dropped.
+    pub(super) fn invalidate_run(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        count: u32,
+        requester: NodeId,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let pages = self.run_of(from, from, first, count as usize, "InvalidateRun")?;
+        let plain = |page: u32| {
+            let access = self.access[page as usize];
+            // As for one.
+            (access == Access::Shared || (access == Access::Exclusive && requester == from)) && !self.is_block_asked(page)
+        };
+        let exists = usize::from(requester) < self.geometry.nodes();
+        if self.bug.is_some() || !exists || !pages.clone().all(plain) {
+            return pages.into_iter().try_for_each(|page| self.receive(from, Message::Invalidate { page, requester }, memory, out));
+        }
+        self.access[pages.start as usize..pages.end as usize].fill(Access::Invalid);
+        memory.discard_run(pages.clone());
+        self.counters.invalidations += u64::from(count);
+        pages.for_each(|page| self.note_taken(page, out));
+        self.send(requester, Message::InvalidateAckRun { page: first, count }, memory, out);
+        Ok(())
+    }
+
+    /// As requester: copies that a sharer has dropped.
+    pub(super) fn invalidated_run(
+        &mut self,
+        from: NodeId,
+        first: u32,
+        count: u32,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let home = self.geometry.home(first);
+        let mut pages = self.run_of(from, home, first, count as usize, "InvalidateAckRun")?;
+        pages.try_for_each(|page| self.receive(from, Message::InvalidateAck { page }, memory, out))
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::memory::Quiet;
@@ -226,6 +299,57 @@ pub(super) mod tests {
             assert_eq!(step(&mut home, from(1, Message::Evict { page: 10, count })), Err("an Evict of too much"));
         }
         assert_eq!(step(&mut home, from(1, Message::Evict { page: 99, count: 2 })), Err("Evict"), "of another home");
+    }
+
+    #[test]
+    fn copies_go_by_the_run_and_that_they_have_gone_is_told_by_the_run() {
+        let [mut home, mut reader] = nodes();
+        // Both read them, and home is the owner.
+        for page in 10..80 {
+            let asked = step(&mut home, Input::Fault { page, write: true }).unwrap();
+            let data = step(&mut reader, from(0, asked[0].clone())).unwrap();
+            step(&mut home, from(1, data[0].clone())).unwrap();
+            let get = step(&mut reader, Input::Fault { page, write: false }).unwrap();
+            let data = step(&mut home, from(1, get[0].clone())).unwrap();
+            step(&mut reader, from(0, data[0].clone())).unwrap();
+        }
+        let evict = step(&mut reader, Input::Evict((10..80).collect())).unwrap();
+        assert_eq!(evict, [Message::Evict { page: 10, count: 64 }, Message::Evict { page: 74, count: 6 }]);
+        let dropped = step(&mut home, from(1, evict[0].clone())).unwrap();
+        assert_eq!(dropped, [Message::InvalidateRun { page: 10, count: 64, requester: 0 }]);
+        // What is written meanwhile waits for it.
+        assert_eq!(step(&mut home, Input::Fault { page: 12, write: true }), Ok(vec![]));
+        let gone = step(&mut reader, from(0, dropped[0].clone())).unwrap();
+        assert_eq!(gone, [Message::InvalidateAckRun { page: 10, count: 64 }]);
+        assert_eq!((reader.access(10), reader.access(73), reader.access(74)), (Access::Invalid, Access::Invalid, Access::Shared));
+        assert_eq!(reader.counters().invalidations, 64);
+        assert_eq!(step(&mut home, from(1, gone[0].clone())), Ok(vec![]));
+        assert_eq!((home.access(12), home.quiet()), (Access::Exclusive, true));
+        // Nobody waits for it any more, or for so much.
+        assert_eq!(step(&mut home, from(1, gone[0].clone())), Err("InvalidateAck"));
+        let ack = |page, count| from(1, Message::InvalidateAckRun { page, count });
+        let invalidate = |page, count, requester| from(0, Message::InvalidateRun { page, count, requester });
+        for (page, count) in [(10, 0), (10, 65), (99, 2), (u32::MAX, 2)] {
+            assert!(step(&mut home, ack(page, count)).is_err(), "{count} from {page}");
+            assert!(step(&mut reader, invalidate(page, count, 0)).is_err(), "{count} from {page}");
+        }
+        assert_eq!(step(&mut reader, invalidate(73, 2, 0)), Err("Invalidate"), "one is not here");
+        assert_eq!(step(&mut reader, invalidate(74, 2, 9)), Err("Invalidate"), "for nobody");
+        let of_home = from(1, Message::InvalidateRun { page: 74, count: 2, requester: 1 });
+        assert_eq!(step(&mut home, of_home), Err("InvalidateRun"), "another node is home");
+    }
+
+    #[test]
+    fn what_goes_to_others_does_not_part_a_run() {
+        let geometry = Geometry::new(&[(0, 104)], &[100, 2, 2]);
+        let mut home = Engine::new(0, geometry, std::slice::from_ref(&(0..20)), 0..0, false);
+        for (page, reader) in (0..20).flat_map(|page| [(page, 1), (page, 2)]) {
+            step(&mut home, from(reader, Message::Get { page, write: false, table: false })).unwrap();
+        }
+        let mut out = Output::default();
+        home.step(Input::Prefetch { pages: 3..7, write: true }, &mut Quiet, &mut out).unwrap();
+        let run = Message::InvalidateRun { page: 3, count: 4, requester: 0 };
+        assert_eq!(out.sends, [(1, run.clone()), (2, run)]);
     }
 
     #[test]

@@ -454,7 +454,12 @@ impl World {
             panic!("{error}");
         }
         let woken = view.woken;
-        let invalidates = out.sends.iter().filter(|(_, message)| matches!(message, Message::Invalidate { .. })).count();
+        let dropped = |(_, message): &(NodeId, Message<W>)| match message {
+            Message::Invalidate { .. } => 1,
+            Message::InvalidateRun { count, .. } => *count as usize,
+            _ => 0,
+        };
+        let invalidates = out.sends.iter().map(dropped).sum();
         self.figures.burst = self.figures.burst.max(invalidates);
         for (to, message) in out.sends.drain(..) {
             self.post(node, to.into(), message);

@@ -177,6 +177,37 @@ fn runs_of_pages_are_as_coherent() {
     }
 }
 
+/// Copies that are read go by the run while others write, give up or ask for the pages.
+#[test]
+fn runs_of_copies_that_go_are_as_coherent() {
+    for (homes, other) in [
+        (&[2, 0][..], &[Increment(X, 0), Increment(Y, 0)][..]),
+        (&[2, 0], &[Prefetch(X, Y + 1, true), Increment(X, 0), Increment(Y, 0)]),
+        (&[2, 0, 0], &[Increment(X, 0), Increment(Y, 0)]),
+    ] {
+        let mut cpus = vec![Cpu::new(0, other), Cpu::new(1, &[Ahead(X, 0b11), Load(Y, 0), EvictRun(X, Y + 1), Load(X, 0), Increment(Y, 0)])];
+        if homes.len() > 2 {
+            cpus.push(Cpu::new(2, &[Load(X, 0), Increment(X, 0)]));
+        }
+        let x = homes.len() as u64 - 1;
+        holds("runs of copies", data(homes, cpus), u8::from(homes.len() < 3).into(), move |w| {
+            require((w.value(X, 0), w.value(Y, 0)) == (x, 2), || format!("{} and {} of {x} and 2", w.value(X, 0), w.value(Y, 0)))
+        });
+    }
+}
+
+#[test]
+fn runs_of_copies_that_go_survive_the_loss_of_any_node() {
+    for third in [&[Store(X, 0, 3)][..], &[EvictRun(X, Y + 1)], &[Prefetch(X, Y + 1, true)]] {
+        let cpus = vec![
+            Cpu::new(0, &[Store(X, 0, 1), Prefetch(X, Y + 1, true)]),
+            Cpu::new(1, &[Ahead(X, 0b11), Load(Y, 0), EvictRun(X, Y + 1), Load(X, 0)]),
+            Cpu::new(2, third),
+        ];
+        holds("runs of copies, and a loss", data(&[2, 0, 0], cpus).losing(&[0, 1, 2]), 0, |_| Ok(()));
+    }
+}
+
 /// The pages may be on their way with their block.
 #[test]
 fn runs_of_pages_of_a_block_on_its_way_are_as_coherent() {
