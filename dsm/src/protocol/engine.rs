@@ -489,9 +489,7 @@ impl<const W: usize> Engine<W> {
                 }
             }
             Message::Invalidate { page, requester } => {
-                let access = self.access[page as usize];
-                // For itself home also has a copy dropped that may be written to: nobody needs the page.
-                let possible = access == Access::Shared || (access == Access::Exclusive && requester == from);
+                let possible = self.can_be_dropped(page, from, requester);
                 if from != self.geometry.home(page) || usize::from(requester) >= self.geometry.nodes() || !possible {
                     return bad("Invalidate", page);
                 }
@@ -616,6 +614,13 @@ impl<const W: usize> Engine<W> {
             Message::Kept { page, requester, copy } => self.home_kept(from, page, requester, copy, memory, out)?,
         }
         Ok(())
+    }
+
+    /// Whether `home` can want a page dropped here for `requester`. For itself it also has one dropped that may be
+    /// written to: nobody needs that.
+    pub(super) fn can_be_dropped(&self, page: u32, home: NodeId, requester: NodeId) -> bool {
+        let access = self.access[page as usize];
+        access == Access::Shared || (access == Access::Exclusive && requester == home)
     }
 
     /// As owner: sends the page to `requester`, keeping a read-only copy if it only reads.

@@ -175,9 +175,7 @@ impl<const W: usize> Engine<W> {
         }
         Ok(())
     }
-}
 
-impl<const W: usize> Engine<W> {
     /// As sharer: home has these copies dropped.
     pub(super) fn invalidate_run(
         &mut self,
@@ -189,11 +187,7 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         let pages = self.run_of(from, from, first, count as usize, "InvalidateRun")?;
-        let plain = |page: u32| {
-            let access = self.access[page as usize];
-            // As for one.
-            (access == Access::Shared || (access == Access::Exclusive && requester == from)) && !self.is_block_asked(page)
-        };
+        let plain = |page: u32| self.can_be_dropped(page, from, requester) && !self.is_block_asked(page);
         let exists = usize::from(requester) < self.geometry.nodes();
         if self.bug.is_some() || !exists || !pages.clone().all(plain) {
             return pages.into_iter().try_for_each(|page| self.receive(from, Message::Invalidate { page, requester }, memory, out));

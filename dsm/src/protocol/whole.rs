@@ -12,7 +12,7 @@
 //! A block is long, and who waits for a page shall not wait behind it: it may go another way than all other
 //! messages, and come after such that were sent later (never before such that were sent sooner). Only four of
 //! these can be about its pages: what home asks of an owner or a reader ([`Message::Fetch`], [`Message::FetchBlock`],
-//! [`Message::Invalidate`], [`Message::Recall`]; runs are so many Fetches). The asker, who has no request for any page of
+//! [`Message::Invalidate`], [`Message::Recall`]; a run is so many of them). The asker, who has no request for any page of
 //! the block under way, keeps them until home's answer is there. If they mean the block's owner to be, it is the block. If they mean the copy that the asker reads,
 //! the page that it owns, or one that it once had, then home was busy with the page when it was asked for the block,
 //! and the answer, a refusal, is on its way already: nobody waits for long.
