@@ -31,7 +31,7 @@ impl<const W: usize> Engine<W> {
             *self.directory.place(page) = Place::owned(self.me, NodeSet::new());
         }
         // Together: one by one they take longer than all else here.
-        self.directory.busy.append(&mut block.clone().map(|page| (page, Busy::Request { by: self.me, owner })).collect());
+        self.directory.busy.append(&mut block.clone().map(|page| (page, Busy::Request { by: self.me, owner, acks: NodeSet::new() })).collect());
         let asked = Pending { write: true, answer: None, acks: NodeSet::new() };
         self.pending.append(&mut block.clone().map(|page| (page, asked.clone())).collect());
         self.taking.insert(block.start, owner);
@@ -143,7 +143,7 @@ impl<const W: usize> Engine<W> {
     pub(super) fn taking_fits(&self) -> bool {
         self.taking.iter().all(|(first, owner)| {
             let asked = |page: u32| {
-                let busy = Some(&Busy::Request { by: self.me, owner: *owner });
+                let busy = Some(&Busy::Request { by: self.me, owner: *owner, acks: NodeSet::new() });
                 let waits = self.pending.get(&page).is_some_and(|pending| pending.answer.is_none() && pending.acks.is_empty());
                 waits && self.directory.busy.get(&page) == busy && self.access[page as usize] == Access::Invalid
             };

@@ -26,10 +26,11 @@ pub(super) struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Busy {
     /// A request by this node: until its Done, or the owner's Promote. `owner` has the copy it gets: `by`
-    /// itself if it has one.
-    Request { by: NodeId, owner: NodeId },
-    /// The requester was lost: until the owner has said whether it has the page still.
-    Recall { requester: NodeId, owner: NodeId },
+    /// itself if it has one. `acks`: the sharers that were told to drop theirs for it.
+    Request { by: NodeId, owner: NodeId, acks: NodeSet },
+    /// The requester was lost: until the owner has said whether it has the page still (`kept`), and all of `waiting`, who
+    /// were told to drop their copies for it, have said so to home.
+    Recall { requester: NodeId, owner: NodeId, kept: Option<bool>, waiting: NodeSet },
     /// A replica is taken back from these nodes, for `owner` (`None`: for home itself).
     Demotion { owner: Option<NodeId>, waiting: NodeSet, changes: Vec<Change> },
     /// A copy goes that its node had no room for: until it says that it is gone.
@@ -105,8 +106,10 @@ impl<const W: usize> Directory<W> {
         });
         let replicated = homed.clone().filter(|page| *place(*page) == Place::Replicated);
         let busy_fits = |(page, busy): (&u32, &Busy)| match busy {
-            Busy::Request { by, owner } => node(*by) && node(*owner) && place(*page).names(*by),
-            Busy::Recall { requester, owner } => node(*requester) && node(*owner) && requester != owner,
+            Busy::Request { by, owner, acks } => node(*by) && node(*owner) && acks.fits(nodes) && place(*page).names(*by),
+            Busy::Recall { requester, owner, kept, waiting } => {
+                node(*requester) && node(*owner) && requester != owner && waiting.fits(nodes) && !(kept.is_some() && waiting.is_empty())
+            }
             Busy::Eviction { node: of } => node(*of),
             Busy::Freeing { by, waiting, .. } => node(*by) && waiting.fits(nodes) && !waiting.is_empty(),
             Busy::Demotion { owner, waiting, changes } => {
@@ -344,7 +347,7 @@ impl<const W: usize> Engine<W> {
         }
         if busy {
             let owner = if has_copy { from } else { owner };
-            self.directory.busy.insert(page, Busy::Request { by: from, owner });
+            self.directory.busy.insert(page, Busy::Request { by: from, owner, acks: acks.clone() });
         }
         *self.directory.place(page) = if write || migratory {
             Place::owned(from, NodeSet::new())
@@ -374,7 +377,7 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Done")?;
         let owner = match self.directory.busy.get(&page) {
-            Some(Busy::Request { by, owner }) if *by == from => *owner,
+            Some(Busy::Request { by, owner, .. }) if *by == from => *owner,
             _ => return Err(ProtocolError { from, what: "a Done nobody waits for", page }),
         };
         self.directory.busy.remove(&page);
@@ -429,8 +432,8 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Promote")?;
         let (expected, holders) = match self.directory.busy.get(&page) {
-            Some(Busy::Request { by, owner }) => ((*by, *owner) == (requester, from), [from, requester].into_iter().collect()),
-            Some(Busy::Recall { requester: lost, owner }) => ((*lost, *owner) == (requester, from), NodeSet::of(from)),
+            Some(Busy::Request { by, owner, .. }) => ((*by, *owner) == (requester, from), [from, requester].into_iter().collect()),
+            Some(Busy::Recall { requester: lost, owner, .. }) => ((*lost, *owner) == (requester, from), NodeSet::of(from)),
             _ => (false, NodeSet::new()),
         };
         if !expected || from == requester || !(1..=pte::ROOT_LEVEL).contains(&level) {

@@ -65,6 +65,8 @@ pub enum Input<const W: usize> {
     Fault { page: u32, write: bool },
     /// Somebody here is about to touch pages that may not allow it.
     Prefetch { pages: Range<u32>, write: bool },
+    /// Somebody here is expected to read these pages soon.
+    Expect(Vec<u32>),
     /// Somebody here is expected to use pages soon: bit n is the nth from `first` on.
     Ahead { first: u32, wanted: u64, intent: Intent },
     /// Somebody here is expected to use all of the block from `first` on, and more.
@@ -335,6 +337,7 @@ impl<const W: usize> Engine<W> {
         match input {
             Input::Fault { page, write } => self.fault(page, write, memory, out),
             Input::Prefetch { pages, write } => pages.for_each(|page| self.prefetch(page, write, memory, out)),
+            Input::Expect(pages) => self.expect(&pages, memory, out),
             Input::Free { id, pages } => self.free(id, pages, memory, out),
             Input::Evict(pages) => self.evict(&pages, memory, out),
             Input::Ahead { first, wanted, intent } => self.ask_ahead(first, wanted, intent, memory, out),
@@ -396,6 +399,16 @@ impl<const W: usize> Engine<W> {
             self.counters.prefetches += 1;
             self.note_writer(page, write);
             self.request(page, write, memory, out);
+        }
+    }
+
+    /// The same for pages that may be read soon. A table is not asked for: it would be replicated, and compared at every
+    /// release, on the strength of a guess.
+    fn expect(&mut self, pages: &[u32], memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        for &page in pages {
+            if page < self.geometry.pages() && self.tables.level(page).is_none() {
+                self.prefetch(page, false, memory, out);
+            }
         }
     }
 
@@ -487,6 +500,10 @@ impl<const W: usize> Engine<W> {
                         self.home_sent(page, memory, out)?;
                     }
                 }
+            }
+            // Told so again, since who it was to tell is lost: see `home_lost_busy`.
+            Message::Invalidate { page, requester } if self.dropped_for_lost(page, from, requester) => {
+                self.send(requester, Message::InvalidateAck { page }, memory, out);
             }
             Message::Invalidate { page, requester } => {
                 let possible = self.can_be_dropped(page, from, requester);
@@ -621,6 +638,12 @@ impl<const W: usize> Engine<W> {
     pub(super) fn can_be_dropped(&self, page: u32, home: NodeId, requester: NodeId) -> bool {
         let access = self.access[page as usize];
         access == Access::Shared || (access == Access::Exclusive && requester == home)
+    }
+
+    /// Whether `home` may ask anew for a copy to be dropped that is not here: after a loss, and for itself.
+    fn dropped_for_lost(&self, page: u32, home: NodeId, requester: NodeId) -> bool {
+        let for_home = requester == home && home == self.geometry.home(page);
+        for_home && !self.gone.is_empty() && self.access[page as usize] == Access::Invalid
     }
 
     /// As owner: sends the page to `requester`, keeping a read-only copy if it only reads.

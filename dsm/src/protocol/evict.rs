@@ -107,6 +107,10 @@ impl<const W: usize> Engine<W> {
                     self.home_page_freed(page, by, id, memory, out)?;
                 }
             }
+            Some(Busy::Recall { waiting, .. }) if waiting.contains(from) => {
+                waiting.remove(from);
+                self.finish_recall(page, memory, out)?;
+            }
             _ => return Ok(false),
         }
         Ok(true)

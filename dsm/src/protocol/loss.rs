@@ -133,17 +133,30 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         let Some(busy) = self.directory.busy.get_mut(&page) else { return Ok(()) };
         match busy {
-            Busy::Request { by, owner } if *by == node && by != owner && !self.gone.contains(*owner) => {
-                let owner = *owner;
-                *busy = Busy::Recall { requester: node, owner };
+            Busy::Request { by, owner, acks } if *by == node && by != owner && !self.gone.contains(*owner) => {
+                let (owner, mut waiting) = (*owner, std::mem::take(acks));
+                // Home's own copy has gone by now.
+                waiting.remove(self.me);
+                waiting.remove_all(&self.gone);
+                if self.bug == Some(Bug::SharersOfLostForgotten) {
+                    waiting = NodeSet::new();
+                }
+                *busy = Busy::Recall { requester: node, owner, kept: None, waiting: waiting.clone() };
                 self.send(owner, Message::Recall { page, requester: node }, memory, out);
+                // They tell the lost node, or have told it, that they have dropped their copies. Until home knows, nobody
+                // may write.
+                for sharer in waiting.iter() {
+                    self.send(sharer, Message::Invalidate { page, requester: self.me }, memory, out);
+                }
                 Ok(())
             }
             Busy::Request { by, .. } if *by == node => self.resume(page, memory, out),
             // The requester has the page by now, and says Done; or it has not, and says Retry.
             Busy::Request { .. } => Ok(()),
             Busy::Recall { owner, .. } if *owner == node => self.resume(page, memory, out),
-            Busy::Recall { .. } => Ok(()),
+            Busy::Recall { waiting, .. } => {
+                if waiting.remove(node) { self.finish_recall(page, memory, out) } else { Ok(()) }
+            }
             Busy::Eviction { node: of } if *of == node => self.resume(page, memory, out),
             Busy::Eviction { .. } => Ok(()),
             Busy::Freeing { by, id, waiting } => {
@@ -208,7 +221,7 @@ impl<const W: usize> Engine<W> {
         if !self.gone.contains(lost) {
             return Err(ProtocolError { from, what: "a Retry without a loss", page });
         }
-        let vain = matches!(self.directory.busy.get(&page), Some(Busy::Request { by, owner }) if (*by, *owner) == (from, lost));
+        let vain = matches!(self.directory.busy.get(&page), Some(Busy::Request { by, owner, .. }) if (*by, *owner) == (from, lost));
         if !vain {
             return Ok(());
         }
@@ -241,17 +254,30 @@ impl<const W: usize> Engine<W> {
         if !self.gone.contains(requester) {
             return Err(ProtocolError { from, what: "a Kept nobody waits for", page });
         }
-        // Otherwise its Promote said so before.
-        if matches!(self.directory.busy.get(&page), Some(Busy::Recall { requester: r, owner }) if (*r, *owner) == (requester, from)) {
-            let place = std::mem::take(self.directory.place(page));
-            *self.directory.place(page) = match place.into_owned() {
-                Ok((owner, sharers)) if owner == from && copy => Place::owned(owner, sharers),
-                Ok(_) if copy => Place::owned(from, NodeSet::new()),
-                _ => Place::Lost,
-            };
-            return self.resume(page, memory, out);
+        match self.directory.busy.get_mut(&page) {
+            Some(Busy::Recall { requester: r, owner, kept, .. }) if (*r, *owner) == (requester, from) && kept.is_none() => {
+                *kept = Some(copy);
+                self.finish_recall(page, memory, out)
+            }
+            // Its Promote said so before.
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// If the owner of a page whose requester was lost has said whether it has it, and nobody else has: that is what is
+    /// left of the page.
+    pub(super) fn finish_recall(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) -> Result<(), ProtocolError> {
+        let (from, copy) = match self.directory.busy.get(&page) {
+            Some(Busy::Recall { owner, kept: Some(copy), waiting, .. }) if waiting.is_empty() => (*owner, *copy),
+            _ => return Ok(()),
+        };
+        let place = std::mem::take(self.directory.place(page));
+        *self.directory.place(page) = match place.into_owned() {
+            Ok((owner, sharers)) if owner == from && copy => Place::owned(owner, sharers),
+            Ok(_) if copy => Place::owned(from, NodeSet::new()),
+            _ => Place::Lost,
+        };
+        self.resume(page, memory, out)
     }
 }
 

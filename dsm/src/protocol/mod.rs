@@ -59,6 +59,8 @@ pub enum Bug {
     KeepWhileUpgrading,
     /// The acknowledgement of a sharer that is lost is waited for.
     AwaitLostSharer,
+    /// Home forgets who was told to drop a copy for a requester that is lost.
+    SharersOfLostForgotten,
     /// Home reads a block it gives away before it is frozen, not after.
     BlockBeforeFreeze,
     /// What home asks of a block's new owner before the block has come is forgotten.

@@ -6,7 +6,7 @@ use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 7;
+const VERSION: u32 = 8;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.
@@ -112,9 +112,10 @@ mod tests {
         for (from, to) in [
             (r#""sharers":[1,2]"#, r#""sharers":[1,3]"#),
             (r#""sharers":[1,2]"#, r#""sharers":[0,1]"#),
-            (r#"{"by":2,"owner":1}"#, r#"{"by":2,"owner":3}"#),
-            (r#"{"by":2,"owner":1}"#, r#"{"by":3,"owner":1}"#),
-            (r#"{"by":2,"owner":1}"#, r#"{"by":0,"owner":1}"#),
+            (r#"{"by":2,"owner":1,"acks":[]}"#, r#"{"by":2,"owner":3,"acks":[]}"#),
+            (r#"{"by":2,"owner":1,"acks":[]}"#, r#"{"by":3,"owner":1,"acks":[]}"#),
+            (r#"{"by":2,"owner":1,"acks":[]}"#, r#"{"by":0,"owner":1,"acks":[]}"#),
+            (r#"{"by":2,"owner":1,"acks":[]}"#, r#"{"by":2,"owner":1,"acks":[3]}"#),
             (r#""busy":{"2""#, r#""busy":{"5""#),
             (r#"[{"from":0,"#, r#"[{"from":9,"#),
             (r#""queues":{"2""#, r#""queues":{"1""#),

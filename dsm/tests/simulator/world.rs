@@ -63,6 +63,7 @@ enum Op {
     Load(u32, usize),
     Store(u32, usize),
     Prefetch(u32, u32, bool),
+    Expect([u32; 3]),
     Evict(u32),
     Ahead(u32, u64, Intent),
     Block(u32, Intent),
@@ -366,6 +367,7 @@ impl World {
         match self.rng.u8(..100) {
             kind if kind < self.plan.stores => Op::Store(page, word),
             92..96 => Op::Evict(page),
+            80..82 => Op::Expect([(); 3].map(|()| self.some_page(node))),
             82..86 => Op::Ahead(page, self.rng.u64(..1 << 6), self.some_intent()),
             86..92 => Op::Block(page - page % self.plan.zero_block, self.some_intent()),
             96..98 => {
@@ -401,6 +403,10 @@ impl World {
             },
             Op::Prefetch(page, end, write) => {
                 self.step(node, Input::Prefetch { pages: page..end, write });
+                Ok(())
+            }
+            Op::Expect(pages) => {
+                self.step(node, Input::Expect(pages.to_vec()));
                 Ok(())
             }
             Op::Evict(page) => {

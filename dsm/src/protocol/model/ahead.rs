@@ -236,3 +236,29 @@ fn runs_of_pages_survive_the_loss_of_any_node() {
         holds("runs of pages, and a loss", data(&[2, 0, 0], cpus).losing(&[0, 1, 2]), 0, |_| Ok(()));
     }
 }
+
+/// What each of them reads and the other writes, asked for before either comes to it.
+#[test]
+fn pages_that_are_expected_are_as_coherent() {
+    for homes in [&[0, 2][..], &[2, 0], &[1, 1]] {
+        let program = [Expect(&[X, Y]), Load(X, 0), Expect(&[Y]), Increment(Y, 0), Increment(X, 0)];
+        let world = data(homes, vec![Cpu::new(0, &program), Cpu::new(1, &program)]);
+        holds("expected", world, 1, |w| require(w.value(X, 0) == 2 && w.value(Y, 0) == 2, || "a store is lost".into()));
+    }
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Store(Y, 0, 1)]),
+        Cpu::new(1, &[Expect(&[X, Y]), Wait(Y, 0, 1), Load(X, 0)]),
+        Cpu::new(2, &[Expect(&[Y, X]), Load(Y, 0), Store(X, 1, 1)]),
+    ];
+    holds("expected, message passing", data(&[2, 0, 0], cpus), 0, |w| require(w.cpus[1].results[0] == 1, || "flag seen, data not".into()));
+}
+
+#[test]
+fn pages_that_are_expected_survive_the_loss_of_any_node() {
+    let cpus = vec![
+        Cpu::new(0, &[Store(X, 0, 1), Expect(&[Y])]),
+        Cpu::new(1, &[Expect(&[X, Y]), Load(Y, 0)]),
+        Cpu::new(2, &[Load(X, 0), Store(Y, 0, 3)]),
+    ];
+    holds("expected, and a loss", data(&[2, 0, 0], cpus).losing(&[0, 1, 2]), 0, |_| Ok(()));
+}

@@ -40,6 +40,25 @@ fn a_guest_that_runs_in_the_middle_of_a_step_changes_nothing() {
     }
 }
 
+/// A home, an owner, a reader and a writer that is lost, each on its own node: what the reader has must have gone when
+/// somebody else writes.
+fn a_reader_whose_copy_a_lost_writer_wanted() -> World {
+    let cpus = vec![
+        Cpu::new(1, &[Store(X, 0, 1)]),
+        Cpu::new(2, &[Wait(X, 0, 1)]),
+        Cpu::new(3, &[Wait(X, 0, 1), Store(X, 0, 2)]),
+        Cpu::new(1, &[Wait(X, 0, 1), Store(X, 0, 3)]),
+    ];
+    data(&[1, 0, 0, 0], cpus).losing(&[3])
+}
+
+#[test]
+fn copies_that_a_lost_writer_wanted_are_gone_before_another_writes() {
+    holds("a copy for a lost writer", a_reader_whose_copy_a_lost_writer_wanted(), 0, ends);
+    let bug = Bug::SharersOfLostForgotten;
+    is_caught("a sharer forgotten", a_reader_whose_copy_a_lost_writer_wanted(), bug, 0, ends);
+}
+
 #[test]
 fn copies_given_up_survive_the_loss_of_any_node() {
     for homes in [&[1, 0, 0][..], &[0, 1, 0]] {

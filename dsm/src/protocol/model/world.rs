@@ -27,6 +27,8 @@ pub enum Op {
     Walk(u32, &'static [usize]),
     /// Has pages (first, end) fetched, to write or to read, without waiting.
     Prefetch(u32, u32, bool),
+    /// Is expected to read pages soon.
+    Expect(&'static [u32]),
     /// Its node has no room for a page.
     Evict(u32),
     /// Its node has no room for pages: the first, and the one after the last.
@@ -119,6 +121,7 @@ enum Tried {
     Fault(u32, bool),
     Interrupt(usize),
     Prefetch(u32, u32, bool),
+    Expect(&'static [u32]),
     Evict(u32, u32),
     Ahead(u32, u64, Intent),
     AheadBlock(u32),
@@ -293,6 +296,7 @@ fn run(cpu: &mut Cpu, pages: &mut [Option<Mapped>], latest: &mut Option<Vec<Page
             Op::AheadToWrite(first, wanted) => return Err(Tried::Ahead(first, wanted, Intent::Write)),
             Op::AheadBlock(first) => return Err(Tried::AheadBlock(first)),
             Op::Prefetch(first, end, write) => return Err(Tried::Prefetch(first, end, write)),
+            Op::Expect(pages) => return Err(Tried::Expect(pages)),
             Op::Evict(page) => return Err(Tried::Evict(page, page + 1)),
             Op::EvictRun(first, end) => return Err(Tried::Evict(first, end)),
             Op::Free(page) => return Err(Tried::Free(page)),
@@ -452,6 +456,10 @@ impl World {
                     Tried::Prefetch(first, end, write) => {
                         self.cpus[c].at += 1;
                         self.step(node, Input::Prefetch { pages: first..end, write }, intrusion)
+                    }
+                    Tried::Expect(pages) => {
+                        self.cpus[c].at += 1;
+                        self.step(node, Input::Expect(pages.to_vec()), intrusion)
                     }
                     Tried::Evict(first, end) => {
                         self.cpus[c].at += 1;
