@@ -25,6 +25,8 @@ struct Page {
     faults: u32,
     bounces: u32,
     arrived: Option<u64>,
+    /// How long it was here the last time.
+    stay: Option<u64>,
     /// (thread, faults), those that were seen most.
     threads: [(u32, u32); THREADS],
     /// (thread, node that had the page, faults) since they were last taken.
@@ -111,11 +113,18 @@ impl Contention {
     pub fn taken(&mut self, pages: Range<u32>, now: u64, gone: impl Fn(u32) -> bool) {
         for (_, entry) in self.pages.range_mut(pages).filter(|(page, _)| gone(**page)) {
             let Some(arrived) = entry.arrived.take() else { continue };
-            if now.saturating_sub(arrived) < BOUNCE {
+            let stay = now.saturating_sub(arrived);
+            entry.stay = Some(stay);
+            if stay < BOUNCE {
                 entry.bounces = entry.bounces.saturating_add(1);
                 self.bounces += 1;
             }
         }
+    }
+
+    /// How long a page was here the last time it was, in microseconds, if that is known.
+    pub fn stay(&self, page: u32) -> Option<u64> {
+        self.pages.get(&page).and_then(|entry| entry.stay)
     }
 
     /// Times any page was taken away soon after it had come.
@@ -169,6 +178,7 @@ mod tests {
         c.arrived(0..8, 1000);
         c.taken(7..8, 1000 + BOUNCE, |_| true);
         assert_eq!(c.bounces(), 1, "it stayed for long");
+        assert_eq!((c.stay(7), c.stay(8)), (Some(BOUNCE), None));
         c.taken(8..9, 5, |_| true);
         assert_eq!(c.bounces(), 1, "never waited for");
     }

@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod contention;
 mod errno;
+pub mod followers;
 pub mod lending;
 pub mod memory;
 pub mod node;

@@ -21,6 +21,7 @@ use cache::Cache;
 pub use cache::Copies;
 
 use crate::contention::{Contention, FetchedPage, HotPage};
+use crate::followers::{FollowerCounters, Followers};
 use crate::lending::{Lending, LendingCounters};
 use crate::memory::{BLOCK_PAGES, BlockCounters, FaultSource, FaultStop, GuestRam, MemoryError, PAGE_WORDS, UffdMemory};
 use crate::prefetch::{Accuracy, Predictor};
@@ -124,6 +125,7 @@ struct State {
     /// Streams that read, and streams that write.
     readers: Predictor,
     writers: Predictor,
+    followers: Followers,
     /// What streams have still to ask for.
     asks: Asks,
     lending: Lending,
@@ -148,7 +150,7 @@ pub struct Dsm {
     full: Condvar,
     /// There are fewer copies than before.
     room: Condvar,
-    /// Faults are watched for streams, whose pages are asked for ahead of need.
+    /// Faults are watched for streams and followers, which are asked for ahead of need.
     ahead: AtomicBool,
     /// Pages have been given up.
     freed: Condvar,
@@ -209,7 +211,7 @@ impl Dsm {
         }
         let asks = Asks::new(memory.features().moves);
         let (out, encoded, roots_asked) = (Output::default(), Vec::new(), Instant::now());
-        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), readers: Predictor::default(), writers: Predictor::default(), asks, lending: Lending::default() });
+        *self.lock() = Some(State { engine, memory, cache, out, encoded, roots_asked, contention: Contention::default(), begun: Instant::now(), next_free: 0, freed: Vec::new(), stalls: Stalls::default(), readers: Predictor::default(), writers: Predictor::default(), followers: Followers::default(), asks, lending: Lending::default() });
         self.started.notify_all();
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for (n, source) in sources.into_iter().enumerate() {
@@ -336,7 +338,7 @@ impl Dsm {
         }
     }
 
-    /// Has streams of faults bring the pages ahead of them, as they do from the start, or not.
+    /// Has faults bring the pages ahead of their streams and those that follow them, as they do from the start, or not.
     pub fn read_ahead(&self, on: bool) {
         self.ahead.store(on, Ordering::Relaxed);
     }
@@ -344,6 +346,11 @@ impl Dsm {
     /// What came of the pages asked for ahead of streams.
     pub fn accuracy(&self) -> Accuracy {
         self.lock().as_ref().map(|s| s.readers.accuracy() + s.writers.accuracy()).unwrap_or_default()
+    }
+
+    /// What came of the pages that follow others.
+    pub fn followers(&self) -> FollowerCounters {
+        self.lock().as_ref().map(|s| s.followers.counters()).unwrap_or_default()
     }
 
     /// Notes from now on when the parts of faults happen, or no longer.

@@ -140,6 +140,8 @@ pub struct Wanted {
     pub blocks: Vec<u32>,
     /// The stream has come so far that it may take pages from others.
     pub far: bool,
+    /// The fault goes on with a stream that has shown itself.
+    pub goes_on: bool,
 }
 
 /// Streams of one node's threads.
@@ -174,6 +176,7 @@ impl Predictor {
         stream.ahead = stream.ahead.saturating_sub(steps);
         stream.at = self.faults;
         wanted.far = stream.run >= FAR;
+        wanted.goes_on = stream.hits >= confirmed;
         if whole {
             // At first the next one, as long as it has shown little.
             let mut least = if std::mem::replace(&mut stream.by_blocks, true) { 2 * block } else { block };

@@ -319,3 +319,39 @@ fn a_page_that_is_being_written_is_not_taken_by_a_stream_beside_it() {
     });
     stop(nodes);
 }
+
+/// Reads scattered pages of node 1 in a round, which has written them meanwhile, `rounds` times: read faults of node 0, and
+/// pages that it asked for because they follow others.
+fn read_again(pages: u32, rounds: u64, ahead: bool) -> (u64, u64) {
+    let nodes = two();
+    let pages = || (0..pages).map(|n| PAGES + n * 977 % PAGES);
+    nodes[0].dsm.read_ahead(ahead);
+    for round in 0..rounds {
+        for page in pages() {
+            assert_eq!(nodes[0].word(page).load(SeqCst), u64::from(page) + (round << 32), "page {page}");
+        }
+        writes(&nodes[1], pages());
+    }
+    let (near, far, followers) = (nodes[0].counters(), nodes[1].counters(), nodes[0].dsm.followers());
+    println!("ahead {ahead}: {} read faults, {followers:?}", near.read_faults);
+    assert_eq!(far.upgrade_faults, rounds * pages().len() as u64, "the right to write is not asked for ahead of need");
+    stop(nodes);
+    (near.read_faults, followers.asked)
+}
+
+/// As a program that goes through a list or a tree which another host has changed meanwhile.
+#[test]
+fn scattered_pages_read_again_come_with_those_before_them() {
+    let (pages, rounds) = (400, 12);
+    let ((alone, _), (followed, _)) = (read_again(pages, rounds, false), read_again(pages, rounds, true));
+    assert_eq!(alone, u64::from(pages) * rounds);
+    assert!(2 * followed < alone, "{followed} faults, and {alone} without");
+}
+
+/// Each is here for no longer than a few faults take.
+#[test]
+fn pages_that_nodes_fight_for_are_not_asked_for_because_they_follow_others() {
+    let (faults, asked) = read_again(4, 100, true);
+    // Now and then a round takes long, on a busy machine.
+    assert!(4 * asked < faults, "{asked} pages asked for, and {faults} faults");
+}

@@ -1,4 +1,4 @@
-//! Pages and blocks asked for ahead of streams, and blocks on their way.
+//! Pages and blocks asked for ahead of streams, pages that follow others, and blocks on their way.
 //!
 //! A block is more than a frame may have, and too much to be copied as a message: it goes as pieces of its own
 //! class straight out of its slot, and lands in another one. The pieces may go another way than the messages, which
@@ -11,10 +11,11 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use zerocopy::IntoBytes;
 
-use super::{BLOCK, Dsm, DsmError, State};
+use super::{BLOCK, Dsm, DsmError, State, nanos};
+use crate::followers::Standing;
 use crate::memory::{BLOCK_BYTES, BLOCK_PAGES, Landing, PAGE_WORDS};
 use crate::prefetch::Predictor;
-use crate::protocol::{BlockContent, BlockData, Input, Intent, MOST_AHEAD, Malformed, Message, NodeId};
+use crate::protocol::{Access, BlockContent, BlockData, Input, Intent, MOST_AHEAD, Malformed, Message, NodeId};
 use crate::transport::Body;
 
 /// Pages of a stream that are asked for, and come, in one message: what has come is in place while the next
@@ -29,6 +30,10 @@ const BLOCKS_UNDER_WAY: usize = 2;
 const PIECE: usize = 512 << 10;
 /// The block's first page and the piece's offset before it.
 const PIECE_HEAD: usize = 8;
+
+/// Times as long as a fault that a page was here the last time, at least, if it is to be asked for because it follows
+/// another: somebody writes the others now, and would have to ask for them again.
+const STAY: u64 = 64;
 
 /// Blocks that are asked for by threads that enter one, at most.
 const ENTERED_UNDER_WAY: usize = 16;
@@ -142,6 +147,38 @@ impl State {
         let takes = self.memory.takes_block(block) || (write && self.memory.is_whole_block(block));
         (room, if takes { BLOCK_PAGES } else { 0 })
     }
+
+    /// Takes note of what is to be asked for ahead of a thread's stream. Whether the page goes on with one.
+    fn follow_stream(&mut self, thread: u32, page: u32, write: bool) -> bool {
+        let (room, block) = self.may_ask(page, write);
+        let mut wanted = self.predictor(write).fault(thread, page, room, block);
+        let intent = Intent::of(write, wanted.far);
+        // Streams go either way.
+        wanted.pages.sort_unstable();
+        let mut rest = &wanted.pages[..];
+        while let Some(&first) = rest.first() {
+            let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
+            let bits = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
+            self.asks.pages.push_back((first, bits, intent));
+            rest = &rest[some..];
+        }
+        self.asks.blocks.extend(wanted.blocks.into_iter().map(|first| (first, write)));
+        wanted.goes_on
+    }
+
+    /// The pages that the thread reads soon after this one, as a rule, and that may be asked for.
+    fn followers_of(&mut self, thread: u32, page: u32, write: bool) -> Vec<u32> {
+        let (room, _) = self.may_ask(page, write);
+        let State { engine, followers, contention, stalls, begun, .. } = self;
+        let waited = stalls.waited();
+        let least_stay = waited.total.as_micros() as u64 / waited.faults.max(1) * STAY;
+        let may_ask = |page| room > 0 && contention.stay(page).is_none_or(|stay| stay >= least_stay);
+        let standing = |page| match engine.access(page) {
+            Access::Invalid if !engine.is_pending(page) => if may_ask(page) { Standing::Askable } else { Standing::Away },
+            _ => Standing::Here,
+        };
+        followers.fault(thread, page, write, nanos(*begun) / 1000, standing)
+    }
 }
 
 impl Dsm {
@@ -160,20 +197,20 @@ impl Dsm {
     /// Sees to it that what a thread is going to read next, or to write, is asked for, if its faults show that. The
     /// fault itself, which somebody waits for, has been asked for before.
     pub(super) fn follow(&self, thread: u32, page: u32, write: bool) {
-        if let Some(state) = self.lock().as_mut() {
-            let (room, block) = state.may_ask(page, write);
-            let mut wanted = state.predictor(write).fault(thread, page, room, block);
-            let intent = Intent::of(write, wanted.far);
-            // Streams go either way.
-            wanted.pages.sort_unstable();
-            let mut rest = &wanted.pages[..];
-            while let Some(&first) = rest.first() {
-                let some = rest.iter().take(AHEAD_AT_ONCE).take_while(|page| *page - first < MOST_AHEAD).count();
-                let bits = rest[..some].iter().fold(0, |wanted, page| wanted | 1 << (page - first));
-                state.asks.pages.push_back((first, bits, intent));
-                rest = &rest[some..];
+        let expected = self.lock().as_mut().map_or_else(Vec::new, |state| {
+            if state.follow_stream(thread, page, write) {
+                // What tells of a stream is not to come ahead of it.
+                return Vec::new();
             }
-            state.asks.blocks.extend(wanted.blocks.into_iter().map(|first| (first, write)));
+            let expected = state.followers_of(thread, page, write);
+            // Those that come so don't fault, and may be of a stream.
+            for page in &expected {
+                state.follow_stream(thread, *page, false);
+            }
+            expected
+        });
+        if !expected.is_empty() {
+            self.step(self.me, Input::Expect(expected));
         }
         self.ask_ahead();
     }

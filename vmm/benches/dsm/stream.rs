@@ -12,6 +12,8 @@ const MANY_PAGES: u64 = 32768;
 const STRIDE: u64 = 4;
 /// Pages among which there are misses beside a stream: a quarter of them in each round.
 const MISSES: u64 = 4096;
+/// Pages of which the same are read again.
+const AGAIN: u64 = 512;
 const BASE: u64 = SHARE + ARENA;
 
 /// Bytes and microseconds, and the rate of each time.
@@ -123,6 +125,31 @@ fn beside_a_stream(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The same scattered pages read again and again, and written by the other node in between.
+fn measure_again(bench: &mut Bench) -> anyhow::Result<()> {
+    let pages = Job::scattered(Touch::Read, BASE, MANY_PAGES, AGAIN, 0);
+    // With what is asked for ahead of need, and without.
+    let (mut us, mut faults) = ([0.0; 2], [0; 2]);
+    let rounds = bench.rounds.div_ceil(2) * 4;
+    for round in 0..2 * rounds {
+        bench.peer.run(Job { touch: Touch::Write, ..pages })?;
+        let way = (round % 2) as usize;
+        bench.node.dsm.read_ahead(way == 0);
+        let before = bench.counters();
+        let pairs = bench.node.run(&[(0, pages)])?;
+        bench.node.dsm.read_ahead(true);
+        faults[way] += bench.counters().read_faults - before.read_faults;
+        let (from, to) = (pairs[0].first().map_or(0, |pair| pair.0), pairs[0].last().map_or(0, |pair| pair.1));
+        us[way] += (to - from) as f64 / bench.node.ticks_per_us();
+    }
+    let figures = &bench.figures;
+    figures.section("The same scattered pages read again, which the other node has written meanwhile; the floor is without prefetch");
+    let reads = (rounds * AGAIN) as f64;
+    figures.floor("scattered pages again", us[0] / reads, "us a page", us[1] / reads);
+    figures.floor("scattered pages again, faults", faults[0] as f64 / reads, "a page", faults[1] as f64 / reads);
+    Ok(())
+}
+
 /// One way of writing pages of which the guest has no use before.
 struct Fresh {
     name: &'static str,
@@ -223,6 +250,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.plain("of those used", accuracy.used as f64, "pages");
     figures.plain("of those wasted", accuracy.wasted as f64, "pages");
     measure_writes(bench)?;
+    measure_again(bench)?;
     match bench.vcpus {
         1 => Ok(()),
         _ => beside_a_stream(bench),

@@ -93,6 +93,12 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
             c.prefetches, c.prefetches_refused, ahead.used, ahead.wasted
         );
         figures["read_ahead"] = json!(ahead);
+        let followers = dsm.map(Dsm::followers).unwrap_or_default();
+        line += &format!(
+            "; following others: {} pages asked for; of those left out to see, {} came and {} did not",
+            followers.asked, followers.came, followers.stayed_away
+        );
+        figures["followers"] = json!(followers);
         let lending = dsm.map(Dsm::lending).unwrap_or_default();
         line += &format!(
             "; whole blocks: {} asked for ({} not given), {} given, {} taken back ({} of them wanted back, {} of those soon), {} kept for that",
