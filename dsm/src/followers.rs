@@ -15,7 +15,7 @@
 use std::collections::{HashMap, VecDeque};
 
 /// A fault: the page, and whether it asks to write.
-type Fault = (u32, bool);
+pub type Fault = (u32, bool);
 
 /// Reads of one thread after a fault that may be its followers, at most, and how long after it, in microseconds.
 const FOLLOW: usize = 8;
@@ -37,7 +37,7 @@ const TRUST: u8 = 16;
 pub struct FollowerCounters {
     /// Asked for.
     pub asked: u64,
-    /// Believed, not asked for to see whether they come, and came.
+    /// Believed, not asked for, and came.
     pub came: u64,
     /// The same, and did not come.
     pub stayed_away: u64,
@@ -92,11 +92,10 @@ pub struct Followers {
 }
 
 impl Followers {
-    /// Takes note that `thread` waits for `page`, to write to it or to read it, at time `now`, in microseconds. Says what it
-    /// may well read soon.
-    pub fn fault(&mut self, thread: u32, page: u32, write: bool, now: u64, standing: impl Fn(u32) -> Standing) -> Vec<u32> {
-        self.note(thread, page, write, now);
-        let fault = (page, write);
+    /// Takes note that `thread` waits for a page, which `fault` names, at time `now`, in microseconds. Says what it may well read
+    /// soon: `room` pages at most.
+    pub fn fault(&mut self, thread: u32, fault: Fault, now: u64, room: usize, standing: impl Fn(u32) -> Standing) -> Vec<u32> {
+        self.note(thread, fault, now);
         if self.leaders.len() >= LEADERS && !self.leaders.contains_key(&fault) {
             self.forget();
         }
@@ -107,16 +106,18 @@ impl Followers {
         for follower in &mut leader.followers {
             match standing(follower.page) {
                 Standing::Here => open.unseen.push(follower.page),
-                Standing::Askable if follower.score >= BELIEVED && follower.left > 0 => {
+                Standing::Askable if follower.score >= BELIEVED && follower.left > 0 && asked.len() < room => {
                     follower.left -= 1;
-                    open.unseen.push(follower.page);
                     asked.push(follower.page);
                 }
                 Standing::Askable | Standing::Away => {}
             }
         }
         self.counters.asked += asked.len() as u64;
-        self.open.entry(thread).or_default().push_back(open);
+        let open_now = self.open.entry(thread).or_default();
+        open_now.push_back(open);
+        // Whoever leads them, too, sees them no more.
+        open_now.iter_mut().for_each(|earlier| earlier.unseen.extend(&asked));
         asked
     }
 
@@ -126,7 +127,7 @@ impl Followers {
     }
 
     /// A fault of a thread follows those it had before.
-    fn note(&mut self, thread: u32, page: u32, write: bool, now: u64) {
+    fn note(&mut self, thread: u32, (page, write): Fault, now: u64) {
         if self.open.len() >= THREADS && !self.open.contains_key(&thread) {
             // What these were about to lead is not known any more.
             self.open.clear();
@@ -159,14 +160,19 @@ impl Followers {
 impl Leader {
     /// Judges its followers by what came, and takes note of new ones.
     fn followed_by(&mut self, over: &Open, counters: &mut FollowerCounters) {
+        // What comes after so many is not known.
+        let all = over.came.len() < FOLLOW;
         self.followers.retain_mut(|follower| {
+            let (came, unseen) = (over.came.contains(&follower.page), over.unseen.contains(&follower.page));
             let believed = follower.score >= BELIEVED;
-            if over.came.contains(&follower.page) {
-                counters.came += u64::from(believed);
+            if came {
                 follower.score = (follower.score + 1).min(SURE);
+            }
+            if came && !unseen {
+                counters.came += u64::from(believed);
                 follower.trust = if believed { (follower.trust * 2).min(TRUST) } else { 1 };
                 follower.left = follower.trust;
-            } else if !over.unseen.contains(&follower.page) {
+            } else if !came && !unseen && all {
                 counters.stayed_away += u64::from(believed);
                 follower.score -= 1;
                 (follower.trust, follower.left) = (1, 1);
@@ -185,6 +191,8 @@ impl Leader {
 mod tests {
     use super::*;
 
+    const ROOM: usize = 1000;
+
     /// The pages that have come since the start of a round, of a guest whose others take all of them back between rounds.
     #[derive(Default)]
     struct Guest {
@@ -202,7 +210,7 @@ mod tests {
                 if self.here.insert(page) {
                     self.now += 100;
                     let standing = |page| if self.here.contains(&page) { Standing::Here } else { Standing::Askable };
-                    let expected = self.followers.fault(thread, page, false, self.now, standing);
+                    let expected = self.followers.fault(thread, (page, false), self.now, ROOM, standing);
                     asked += expected.len();
                     self.here.extend(expected);
                 }
@@ -261,13 +269,22 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_asked_for_than_there_is_room() {
+        let mut followers = Followers::default();
+        for round in 1..3 {
+            (0..6).for_each(|page| _ = followers.fault(1, (page, false), round * 2 * SOON, ROOM, |_| Standing::Askable));
+        }
+        assert_eq!(followers.fault(1, (0, false), 6 * SOON, 2, |_| Standing::Askable), [1, 2]);
+    }
+
+    #[test]
     fn writes_lead_and_do_not_follow() {
         let mut followers = Followers::default();
-        let asked = |followers: &mut Followers, round: u64| followers.fault(1, 1, true, round * 2 * SOON, |_| Standing::Askable);
+        let asked = |followers: &mut Followers, round: u64| followers.fault(1, (1, true), round * 2 * SOON, ROOM, |_| Standing::Askable);
         for round in 1..3 {
             assert_eq!(asked(&mut followers, round), [0; 0]);
-            followers.fault(1, 2, true, round * 2 * SOON + 1, |_| Standing::Askable);
-            followers.fault(1, 3, false, round * 2 * SOON + 2, |_| Standing::Askable);
+            followers.fault(1, (2, true), round * 2 * SOON + 1, ROOM, |_| Standing::Askable);
+            followers.fault(1, (3, false), round * 2 * SOON + 2, ROOM, |_| Standing::Askable);
         }
         assert_eq!(asked(&mut followers, 3), [3]);
     }
@@ -276,12 +293,12 @@ mod tests {
     fn followers_on_their_way_are_not_asked_for_nor_missed() {
         let mut followers = Followers::default();
         for (round, standing, asked) in [(1, Standing::Askable, 0), (2, Standing::Askable, 0), (3, Standing::Here, 0), (4, Standing::Here, 0), (5, Standing::Away, 0)] {
-            assert_eq!(followers.fault(1, 1, true, round * 2 * SOON, |_| standing).len(), asked);
+            assert_eq!(followers.fault(1, (1, true), round * 2 * SOON, ROOM, |_| standing).len(), asked);
             if round < 3 {
-                followers.fault(1, 2, false, round * 2 * SOON + 1, |_| standing);
+                followers.fault(1, (2, false), round * 2 * SOON + 1, ROOM, |_| standing);
             }
         }
-        assert_eq!(followers.fault(1, 1, true, 12 * SOON, |_| Standing::Askable), [0; 0], "it stayed away the last time");
+        assert_eq!(followers.fault(1, (1, true), 12 * SOON, ROOM, |_| Standing::Askable), [0; 0], "it stayed away the last time");
         assert_eq!(followers.counters(), FollowerCounters { asked: 0, came: 0, stayed_away: 1 });
     }
 

@@ -172,12 +172,12 @@ impl State {
         let State { engine, followers, contention, stalls, begun, .. } = self;
         let waited = stalls.waited();
         let least_stay = waited.total.as_micros() as u64 / waited.faults.max(1) * STAY;
-        let may_ask = |page| room > 0 && contention.stay(page).is_none_or(|stay| stay >= least_stay);
+        let may_ask = |page| contention.stay(page).is_none_or(|stay| stay >= least_stay);
         let standing = |page| match engine.access(page) {
             Access::Invalid if !engine.is_pending(page) => if may_ask(page) { Standing::Askable } else { Standing::Away },
             _ => Standing::Here,
         };
-        followers.fault(thread, page, write, nanos(*begun) / 1000, standing)
+        followers.fault(thread, (page, write), nanos(*begun) / 1000, room as usize, standing)
     }
 }
 

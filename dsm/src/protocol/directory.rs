@@ -108,7 +108,7 @@ impl<const W: usize> Directory<W> {
         let busy_fits = |(page, busy): (&u32, &Busy)| match busy {
             Busy::Request { by, owner, acks } => node(*by) && node(*owner) && acks.fits(nodes) && place(*page).names(*by),
             Busy::Recall { requester, owner, kept, waiting } => {
-                node(*requester) && node(*owner) && requester != owner && waiting.fits(nodes) && !(kept.is_some() && waiting.is_empty())
+                node(*requester) && node(*owner) && requester != owner && waiting.fits(nodes) && !waiting.contains(me) && !(kept.is_some() && waiting.is_empty())
             }
             Busy::Eviction { node: of } => node(*of),
             Busy::Freeing { by, waiting, .. } => node(*by) && waiting.fits(nodes) && !waiting.is_empty(),
@@ -433,7 +433,7 @@ impl<const W: usize> Engine<W> {
         self.check_home(from, page, "Promote")?;
         let (expected, holders) = match self.directory.busy.get(&page) {
             Some(Busy::Request { by, owner, .. }) => ((*by, *owner) == (requester, from), [from, requester].into_iter().collect()),
-            Some(Busy::Recall { requester: lost, owner, .. }) => ((*lost, *owner) == (requester, from), NodeSet::of(from)),
+            Some(Busy::Recall { requester: lost, owner, kept: None, waiting }) if waiting.is_empty() => ((*lost, *owner) == (requester, from), NodeSet::of(from)),
             _ => (false, NodeSet::new()),
         };
         if !expected || from == requester || !(1..=pte::ROOT_LEVEL).contains(&level) {

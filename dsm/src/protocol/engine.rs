@@ -403,10 +403,12 @@ impl<const W: usize> Engine<W> {
     }
 
     /// The same for pages that may be read soon. A table is not asked for: it would be replicated, and compared at every
-    /// release, on the strength of a guess.
+    /// release, on the strength of a guess; nor what nobody wrote, which may have been given up.
     fn expect(&mut self, pages: &[u32], memory: &mut impl Memory<W>, out: &mut Output<W>) {
         for &page in pages {
-            if page < self.geometry.pages() && self.tables.level(page).is_none() {
+            let exists = page < self.geometry.pages();
+            let untouched = exists && self.geometry.home(page) == self.me && self.directory.is_untouched(page);
+            if exists && !untouched && self.tables.level(page).is_none() {
                 self.prefetch(page, false, memory, out);
             }
         }

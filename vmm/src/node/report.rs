@@ -95,7 +95,7 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
         figures["read_ahead"] = json!(ahead);
         let followers = dsm.map(Dsm::followers).unwrap_or_default();
         line += &format!(
-            "; following others: {} pages asked for; of those left out to see, {} came and {} did not",
+            "; following others: {} pages asked for; not asked for were {} that came and {} that did not",
             followers.asked, followers.came, followers.stayed_away
         );
         figures["followers"] = json!(followers);
