@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
 use krg_dsm::memory::GuestRam;
-use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::node::{Client, Dsm, DsmError, Start, TABLES_REST};
 use krg_dsm::transport::{Config, TcpTransport, Transport};
 
 const PAGES: u64 = 64;
@@ -80,6 +80,7 @@ fn cluster_of(nodes: usize, pages: u64, merge_after: Duration, cache: u64) -> Ve
             preloaded: vec![],
             image: 0..0,
             replicate: true,
+            tables_rest: TABLES_REST,
             merge_after,
             cache,
             bug: None,
@@ -247,7 +248,7 @@ fn what_node_0_loaded_is_there_even_where_it_wrote_nothing() {
         let dsm = Dsm::new(me, ram, transport.clone());
         transport.start(dsm.handler(guest.clone())).unwrap();
         let shares = vec![PAGES / 2 * 4096; 2];
-        let start = Start { me, shares, preloaded: vec![8..10, 40..41], image: 0..0, replicate: true, merge_after: Duration::from_secs(10), cache: u64::MAX, bug: None };
+        let start = Start { me, shares, preloaded: vec![8..10, 40..41], image: 0..0, replicate: true, tables_rest: TABLES_REST, merge_after: Duration::from_secs(10), cache: u64::MAX, bug: None };
         dsm.start(start).unwrap();
         nodes.push(Node { dsm, transport, guest });
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use krg_dsm::lending::LendingCounters;
 use krg_dsm::memory::GuestRam;
-use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::node::{Client, Dsm, DsmError, Start, TABLES_REST};
 use krg_dsm::protocol::Counters;
 use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 
@@ -44,7 +44,7 @@ impl Node {
         let guest = Arc::new(Guest::default());
         let dsm = Dsm::new(me, ram, transport.clone());
         transport.start(dsm.handler(guest.clone())).unwrap();
-        let start = Start { me, shares: vec![BYTES; 2], preloaded: vec![], image: 0..0, replicate: false, bug: None, cache: u64::from(room) << 12, merge_after: Duration::from_secs(10) };
+        let start = Start { me, shares: vec![BYTES; 2], preloaded: vec![], image: 0..0, replicate: false, tables_rest: TABLES_REST, bug: None, cache: u64::from(room) << 12, merge_after: Duration::from_secs(10) };
         dsm.start(start).unwrap();
         Node { dsm, transport, guest }
     }

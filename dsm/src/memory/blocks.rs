@@ -64,7 +64,7 @@ impl Blocks {
         }
     }
 
-    fn is_private(&self, block: u32) -> bool {
+    pub(super) fn is_private(&self, block: u32) -> bool {
         self.private.get(block as usize).copied().unwrap_or(false)
     }
 

@@ -1,6 +1,6 @@
 //! Finds the words in which a live page differs from its twin.
 //!
-//! It runs over every replicated page before a message leaves, so the common case, no difference,
+//! It runs over the replicated pages that may have changed before a message leaves, so the common case, no difference,
 //! has to be quick. The guest writes to the page meanwhile: all reads of it are either atomic
 //! words or wide loads in assembly, of which each aligned word is whole on x86-64. A word that
 //! changes after it was read counts as unchanged, exactly as if it had changed a moment later.

@@ -49,6 +49,12 @@ impl Memory<PAGE_WORDS> for UffdMemory {
         self.keep(result);
     }
 
+    /// Its block is private, or came whole.
+    fn is_in_huge_mapping(&self, page: u32) -> bool {
+        let block = page / BLOCK_PAGES;
+        self.blocks.is_private(block) || self.blocks.is_huge(block)
+    }
+
     /// Present to writable; wakes those who wait for the page.
     fn unprotect(&mut self, page: u32) {
         let result = self

@@ -12,6 +12,7 @@ use super::geometry::Geometry;
 use super::memory::{Memory, PageData, words};
 use super::message::{Change, Intent, Message, NodeId};
 use super::node_set::NodeSet;
+use super::rest::Patience;
 use super::tables::Tables;
 use super::whole::Awaited;
 use super::{Bug, pte};
@@ -26,7 +27,7 @@ pub enum Access {
     Shared,
     /// Present, writable; nobody else has it.
     Exclusive,
-    /// Present, writable; others have replicas, and changes are merged.
+    /// Present, writable unless it rests; others have replicas, and changes are merged.
     Replicated,
 }
 
@@ -166,8 +167,12 @@ pub struct Counters {
     pub promotions: u64,
     /// Replicas this node asked to take back because they are tables no longer.
     pub demotions: u64,
-    /// Flushes: comparisons of all replicas before a release.
+    /// Flushes: comparisons of replicas before a release, of all that do not rest.
     pub flushes: u64,
+    /// Replicas that came to rest: write-protected here and not compared.
+    pub rests: u64,
+    /// Of these, those that somebody here walked or wrote again. Such a fault waits for nobody, and is none of the others.
+    pub rests_ended: u64,
     /// Replica pages compared.
     pub pages_compared: u64,
     /// Changed words sent.
@@ -261,6 +266,11 @@ impl<const W: usize> Engine<W> {
         self.zero_block = block.max(1);
     }
 
+    /// Has replicas rest when flushes have found them unchanged for so long. By itself the engine lets none rest.
+    pub fn rest_after(&mut self, patience: Patience) {
+        self.tables.set_patience(patience);
+    }
+
     /// Plants a bug, to show that the checks find it.
     pub fn plant(&mut self, bug: Bug) {
         self.bug = Some(bug);
@@ -273,6 +283,7 @@ impl<const W: usize> Engine<W> {
         self.taken.fill(0);
         self.directory.write_shared.forget_history();
         self.fence.forget_history();
+        self.tables.forget_history();
     }
 
     /// What this node may do with a page that exists.
@@ -309,6 +320,11 @@ impl<const W: usize> Engine<W> {
     /// Replicas held now.
     pub fn replicas(&self) -> usize {
         self.tables.len()
+    }
+
+    /// Replicas at rest: nobody here has walked or written them lately.
+    pub fn resting(&self) -> usize {
+        self.tables.resting()
     }
 
     /// Bytes this node's directory takes, for the pages whose home it is.
@@ -360,6 +376,10 @@ impl<const W: usize> Engine<W> {
     fn fault(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let access = self.access[page as usize];
         if access.allows(write) {
+            if write && self.tables.rouse(page, true) {
+                self.counters.rests_ended += 1;
+                return memory.unprotect(page);
+            }
             self.counters.stale_faults += 1;
             return memory.wake(page);
         }
@@ -402,8 +422,8 @@ impl<const W: usize> Engine<W> {
         }
     }
 
-    /// The same for pages that may be read soon. A table is not asked for: it would be replicated, and compared at every
-    /// release, on the strength of a guess; nor what nobody wrote, which may have been given up.
+    /// The same for pages that may be read soon. A table is not asked for: it would be replicated, and compared at
+    /// releases, on the strength of a guess; nor what nobody wrote, which may have been given up.
     fn expect(&mut self, pages: &[u32], memory: &mut impl Memory<W>, out: &mut Output<W>) {
         for &page in pages {
             let exists = page < self.geometry.pages();

@@ -54,6 +54,10 @@ pub trait Memory<const W: usize> {
     fn protect_range(&mut self, pages: Range<u32>) {
         pages.for_each(|page| self.protect(page));
     }
+    /// Whether protecting a page would part a huge mapping, which is dear to all around it.
+    fn is_in_huge_mapping(&self, _page: u32) -> bool {
+        false
+    }
     /// Present and read-only becomes writable; waiters are woken.
     fn unprotect(&mut self, page: u32);
     /// The content of a present page, each word read atomically.

@@ -9,6 +9,9 @@ use super::message::{Change, MAX_CHANGES, Message, NodeId};
 use super::node_set::NodeSet;
 use super::pte;
 
+/// Replicas in a huge mapping that are worth parting it: comparing so many costs 2 us, in every fault that is served.
+const PARTED_FOR: usize = 16;
+
 /// A merge that nobody waits for: with two nodes, the order of messages between them is enough.
 const UNCONFIRMED: u32 = 0;
 
@@ -79,14 +82,11 @@ impl<const W: usize> Engine<W> {
         self.counters.flushes += 1;
         let mut by_home: BTreeMap<NodeId, Vec<Change>> = BTreeMap::new();
         let mut found = Vec::new();
-        for page in self.tables.held() {
-            let Some((level, replica)) = self.tables.replica(page) else { continue };
-            if replica.leaving {
-                continue;
-            }
-            self.counters.pages_compared += 1;
-            found.clear();
-            memory.differences(page, &replica.twin, &mut found);
+        // One a flush, since somebody waits for it.
+        let mut may_rest = true;
+        for page in self.tables.begin_flush() {
+            let Some((level, _)) = self.tables.replica(page) else { continue };
+            self.compare(page, &mut may_rest, &mut found, memory);
             for &(word, now) in &found {
                 let word = usize::from(word);
                 let Some((_, replica)) = self.tables.replica(page) else { continue };
@@ -133,6 +133,41 @@ impl<const W: usize> Engine<W> {
                 home => out.sends.push((home, Message::Demote { page })),
             }
         }
+    }
+
+    /// Finds the words of a replica that differ from its twin. One that has been unchanged for long comes to rest, if it
+    /// `may_rest`.
+    fn compare(&mut self, page: u32, may_rest: &mut bool, found: &mut Vec<(u16, u64)>, memory: &mut impl Memory<W>) {
+        let Some((_, replica)) = self.tables.replica(page) else { return };
+        let due = *may_rest && replica.rest.is_due();
+        let rests = due && self.is_worth_protecting(page, memory);
+        *may_rest &= !rests;
+        let late = rests && self.bug == Some(Bug::RestBeforeFreeze);
+        // Frozen first: what is found unchanged then stays so.
+        if rests && !late {
+            memory.protect(page);
+        }
+        found.clear();
+        memory.differences(page, &replica.twin, found);
+        self.counters.pages_compared += 1;
+        if late {
+            memory.protect(page);
+        }
+        if rests && found.is_empty() {
+            self.counters.rests += 1;
+            return self.tables.rest(page);
+        }
+        if rests {
+            memory.unprotect(page);
+        }
+        // One that is not worth it is looked at again after as many flushes.
+        self.tables.compared(page, due || !found.is_empty());
+    }
+
+    /// A huge mapping is parted for many replicas only.
+    fn is_worth_protecting(&self, page: u32, memory: &impl Memory<W>) -> bool {
+        let first = page - page % self.zero_block;
+        !memory.is_in_huge_mapping(page) || self.tables.held_in(first..first.saturating_add(self.zero_block)) >= PARTED_FOR
     }
 
     fn merge_id(&mut self) -> u32 {
@@ -210,6 +245,9 @@ impl<const W: usize> Engine<W> {
     /// As holder: puts another node's change in place.
     fn apply(&mut self, change: &Change, memory: &mut impl Memory<W>) {
         let (page, word) = (change.page, usize::from(change.word));
+        if self.tables.rouse(page, false) {
+            memory.unprotect(page);
+        }
         let Some((level, replica)) = self.tables.replica(page) else { return };
         let twin = replica.twin[word];
         let new = pte::settled(change.new, level);
@@ -226,6 +264,9 @@ impl<const W: usize> Engine<W> {
 
     /// As new single owner of a former replica: takes in what others changed last.
     pub(super) fn take_back(&mut self, page: u32, changes: &[Change], memory: &mut impl Memory<W>) {
+        if self.tables.rouse(page, false) {
+            memory.unprotect(page);
+        }
         let Some(twin) = self.tables.remove(&self.geometry, page) else { return };
         for change in changes.iter().filter(|c| c.page == page && usize::from(c.word) < W) {
             // What was changed here is newer: this node knows that the page is a table no longer.

@@ -27,6 +27,7 @@ mod model;
 mod node_set;
 mod place;
 pub mod pte;
+mod rest;
 mod runs;
 mod state;
 mod tables;
@@ -40,6 +41,7 @@ pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
 pub use message::{Change, Intent, MAX_NODES, Malformed, Message, NodeId};
 pub use node_set::NodeSet;
+pub use rest::Patience;
 pub use state::{EngineState, StateError};
 
 /// Protocol bugs that can be planted, to show that the model check and the litmus tests find them.
@@ -51,6 +53,8 @@ pub enum Bug {
     MergeBeforeFreeze,
     /// A replica is kept although it is a page table no longer.
     NoReachability,
+    /// A replica that is to rest is compared before it can be written to no more, not after.
+    RestBeforeFreeze,
     /// An owner reads the page it sends before it is frozen, not after.
     SendBeforeFreeze,
     /// Home serves the next request without waiting for the Done of the one before.

@@ -4,6 +4,7 @@
 //! a replica held here points to it. Both are kept up to date word by word, by every change made or
 //! merged here.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::geometry::Geometry;
 use super::memory::{PageData, words};
 use super::pte;
+use super::rest::{Patience, Rest};
 
 /// A replica held here.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -23,7 +25,12 @@ pub struct Replica<const W: usize> {
     pub leaving: bool,
     /// A changed word cannot stand in a table of this level: the page is something else now.
     pub implausible: bool,
+    pub rest: Rest,
 }
+
+/// The order of comparing, and of finding out what is no table any more: highest level first, so that whoever sees a new
+/// link sees what it points to.
+type ByLevel = BTreeSet<(Reverse<u8>, u32)>;
 
 /// What points to a page.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,8 +46,13 @@ struct Link {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tables<const W: usize> {
     replicas: BTreeMap<u32, (u8, Replica<W>)>,
-    /// Scan order: highest level first, so that whoever sees a new link sees what it points to.
-    order: BTreeSet<(std::cmp::Reverse<u8>, u32)>,
+    /// Replicas that may have changed since the last flush: neither leaving nor at rest.
+    active: ByLevel,
+    /// Replicas of which something has changed that tells whether they are tables.
+    suspects: ByLevel,
+    /// Flushes so far.
+    flushes: u64,
+    patience: Patience,
     links: BTreeMap<u32, Link>,
     roots: BTreeSet<u32>,
     /// Pages of the loaded kernel image: its own tables are never freed.
@@ -50,15 +62,32 @@ pub struct Tables<const W: usize> {
 impl<const W: usize> Tables<W> {
     /// `image`: the pages the kernel image was loaded to.
     pub fn new(image: Range<u32>) -> Self {
-        Tables { replicas: BTreeMap::new(), order: BTreeSet::new(), links: BTreeMap::new(), roots: BTreeSet::new(), image }
+        Tables {
+            replicas: BTreeMap::new(),
+            active: BTreeSet::new(),
+            suspects: BTreeSet::new(),
+            flushes: 0,
+            patience: Patience::default(),
+            links: BTreeMap::new(),
+            roots: BTreeSet::new(),
+            image,
+        }
+    }
+
+    /// Replicas rest after so many flushes without a change, counted from now on.
+    pub fn set_patience(&mut self, patience: Patience) {
+        self.patience = patience;
+        let active = self.replicas.values_mut().filter(|(_, replica)| !replica.rest.is_resting());
+        active.for_each(|(_, replica)| replica.rest = Rest::new(patience));
     }
 
     /// Whether everything in here is about pages that exist.
     pub fn fits(&self, geometry: &Geometry) -> bool {
         let pages = geometry.pages();
-        let tables = self.replicas.keys().chain(self.order.iter().map(|(_, page)| page));
-        tables.chain(self.links.keys()).chain(&self.roots).all(|page| *page < pages)
-            && self.order == self.replicas.iter().map(|(page, (level, _))| (std::cmp::Reverse(*level), *page)).collect()
+        let key = |(page, (level, _)): (&u32, &(u8, Replica<W>))| (Reverse(*level), *page);
+        self.replicas.keys().chain(self.links.keys()).chain(&self.roots).all(|page| *page < pages)
+            && self.active == self.replicas.iter().filter(|(_, (_, r))| !r.leaving && !r.rest.is_resting()).map(key).collect()
+            && self.suspects.is_subset(&self.replicas.iter().map(key).collect())
             && self.replicas.values().all(|(level, _)| (1..=pte::ROOT_LEVEL).contains(level))
             && self.image.start <= self.image.end
             && self.image.end <= pages
@@ -101,9 +130,9 @@ impl<const W: usize> Tables<W> {
         self.links.get(&page)?.parents.first().map(|&(parent, word)| (parent, usize::from(word)))
     }
 
-    /// Pages held, parents before children.
+    /// Pages held.
     pub fn held(&self) -> Vec<u32> {
-        self.order.iter().map(|&(_, page)| page).collect()
+        self.replicas.keys().copied().collect()
     }
 
     /// Number of replicas held.
@@ -111,19 +140,85 @@ impl<const W: usize> Tables<W> {
         self.replicas.len()
     }
 
+    /// A flush begins: the pages it has to compare, parents before children.
+    pub fn begin_flush(&mut self) -> Vec<u32> {
+        self.flushes = self.flushes.saturating_add(1);
+        self.active.iter().map(|&(_, page)| page).collect()
+    }
+
+    /// Replicas in a range of pages.
+    pub fn held_in(&self, pages: Range<u32>) -> usize {
+        self.replicas.range(pages).count()
+    }
+
+    /// A flush has compared a replica. One that is due, but is not to rest now, may count as changed.
+    pub fn compared(&mut self, page: u32, changed: bool) {
+        if let Some((_, replica)) = self.replicas.get_mut(&page) {
+            replica.rest.compared(changed);
+        }
+    }
+
+    /// A replica that is the same as its twin and can't be written to any more rests.
+    pub fn rest(&mut self, page: u32) {
+        if let Some((level, replica)) = self.replicas.get_mut(&page) {
+            replica.rest.begin(self.flushes);
+            self.active.remove(&(Reverse(*level), page));
+        }
+    }
+
+    /// A replica rests no longer, since it is `touched` here or changed by another node; whether it did, in which case it
+    /// has to be made writable.
+    pub fn rouse(&mut self, page: u32, touched: bool) -> bool {
+        let Some((level, replica)) = self.replicas.get_mut(&page) else { return false };
+        let rested = replica.rest.end(self.flushes, touched, self.patience);
+        if rested && !replica.leaving {
+            self.active.insert((Reverse(*level), page));
+        }
+        rested
+    }
+
+    /// Whether what is not looked at need not be: every replica that is neither leaving nor a suspect is a table.
+    #[cfg(test)]
+    pub fn suspects_all(&self) -> bool {
+        self.replicas.iter().all(|(page, (level, replica))| {
+            replica.leaving || self.suspects.contains(&(Reverse(*level), *page)) || self.is_table(*page, *level, replica)
+        })
+    }
+
+    /// Whether a replica rests.
+    #[cfg(test)]
+    pub fn is_resting(&self, page: u32) -> bool {
+        self.replicas.get(&page).is_some_and(|(_, replica)| replica.rest.is_resting())
+    }
+
+    /// Replicas at rest.
+    pub fn resting(&self) -> usize {
+        self.replicas.values().filter(|(_, replica)| replica.rest.is_resting()).count()
+    }
+
+    /// Forgets what only counts history.
+    #[cfg(test)]
+    pub fn forget_history(&mut self) {
+        self.flushes = 0;
+        self.replicas.values_mut().for_each(|(_, replica)| replica.rest.forget_history());
+    }
+
     /// A replica of `page` is held from now on.
     pub fn insert(&mut self, geometry: &Geometry, page: u32, level: u8, twin: Box<PageData<W>>) {
         for (word, &entry) in twin.iter().enumerate() {
             self.link(geometry, (page, word), level, entry);
         }
-        self.order.insert((std::cmp::Reverse(level), page));
-        self.replicas.insert(page, (level, Replica { twin, leaving: false, implausible: false }));
+        self.active.insert((Reverse(level), page));
+        self.suspects.insert((Reverse(level), page));
+        let rest = Rest::new(self.patience);
+        self.replicas.insert(page, (level, Replica { twin, leaving: false, implausible: false, rest }));
     }
 
     /// The replica of `page` is held no longer; returns its twin.
     pub fn remove(&mut self, geometry: &Geometry, page: u32) -> Option<Box<PageData<W>>> {
         let (level, replica) = self.replicas.remove(&page)?;
-        self.order.remove(&(std::cmp::Reverse(level), page));
+        self.active.remove(&(Reverse(level), page));
+        self.suspects.remove(&(Reverse(level), page));
         if !replica.leaving {
             for (word, &entry) in replica.twin.iter().enumerate() {
                 self.unlink(geometry, (page, word), level, entry);
@@ -140,6 +235,7 @@ impl<const W: usize> Tables<W> {
         if level == pte::ROOT_LEVEL {
             let upper_half_lost = word >= W / 2 && old != 0 && new == 0;
             replica.implausible |= upper_half_lost || !pte::plausible_root_entry(new);
+            self.suspects.insert((Reverse(level), page));
         }
         if !leaving && pte::child_frame(old, level) != pte::child_frame(new, level) {
             self.unlink(geometry, (page, word), level, old);
@@ -158,15 +254,16 @@ impl<const W: usize> Tables<W> {
     /// each is returned once.
     pub fn take_orphans(&mut self, geometry: &Geometry) -> Vec<u32> {
         let mut orphans = Vec::new();
-        // Parents come first, so one pass finds the children of those it marks.
-        for page in self.held() {
-            let (level, replica) = &self.replicas[&page];
+        // Parents come first. Marking one makes its children suspects.
+        while let Some((_, page)) = self.suspects.pop_first() {
+            let Some((level, replica)) = self.replicas.get(&page) else { continue };
             if replica.leaving || self.is_table(page, *level, replica) {
                 continue;
             }
             let level = *level;
             let (_, replica) = self.replicas.get_mut(&page).expect("held");
             replica.leaving = true;
+            self.active.remove(&(Reverse(level), page));
             for (word, entry) in replica.twin.clone().iter().enumerate() {
                 self.unlink(geometry, (page, word), level, *entry);
             }
@@ -189,6 +286,7 @@ impl<const W: usize> Tables<W> {
             let link = self.links.entry(page).or_insert_with(|| Link { level: level - 1, ..Link::default() });
             link.parents.insert((from.0, from.1 as u16));
             link.mixed |= link.level != level - 1;
+            self.suspect(page);
         }
     }
 
@@ -200,6 +298,14 @@ impl<const W: usize> Tables<W> {
                     self.links.remove(&page);
                 }
             }
+            self.suspect(page);
+        }
+    }
+
+    /// What points to a page has changed.
+    fn suspect(&mut self, page: u32) {
+        if let Some((level, _)) = self.replicas.get(&page) {
+            self.suspects.insert((Reverse(*level), page));
         }
     }
 }
@@ -257,5 +363,44 @@ mod tests {
         t.set_word(&g, 5, 0, 0);
         t.set_word(&g, 8, 3, 0xffff_8880_0123_4567);
         assert_eq!(t.take_orphans(&g), [5, 8]);
+    }
+
+    #[test]
+    fn what_rests_is_not_compared_and_yet_found_to_be_no_table() {
+        let is_due = |t: &Tables<2>, page| t.replica(page).is_some_and(|(_, replica)| replica.rest.is_due());
+        let g = geometry();
+        let mut t = Tables::<2>::new(1..2);
+        t.set_patience(Patience { first: 2, most: 8 });
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        t.insert(&g, 2, 3, Box::new([entry(3), 0]));
+        t.insert(&g, 3, 2, Box::new([0, 0]));
+        assert!(t.take_orphans(&g).is_empty());
+        for _ in 0..2 {
+            assert_eq!(t.begin_flush(), [1, 2, 3]);
+            assert!(!is_due(&t, 3));
+            t.compared(3, false);
+        }
+        assert!(is_due(&t, 3) && !is_due(&t, 2));
+        t.rest(3);
+        assert_eq!((t.begin_flush(), t.resting(), t.len()), (vec![1, 2], 1, 3));
+        assert!(t.rouse(3, true) && !t.rouse(3, true));
+        assert_eq!(t.begin_flush(), [1, 2, 3]);
+        t.rest(3);
+        t.set_word(&g, 2, 0, 0);
+        assert_eq!(t.take_orphans(&g), [3]);
+        assert!(t.rouse(3, true), "its next user makes it writable");
+        assert_eq!(t.begin_flush(), [1, 2], "what is leaving is not compared");
+    }
+
+    #[test]
+    fn a_replica_that_came_after_its_link_went_is_an_orphan() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(1..2);
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        t.insert(&g, 2, 3, Box::new([0, 0]));
+        t.insert(&g, 3, 2, Box::new([entry(4), 0]));
+        assert_eq!(t.take_orphans(&g), [3]);
+        t.set_word(&g, 2, 1, entry(1));
+        assert!(t.take_orphans(&g).is_empty(), "the image's root stays, whatever points to it");
     }
 }

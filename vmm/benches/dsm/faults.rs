@@ -32,7 +32,7 @@ fn arena(n: u64) -> u64 {
 
 impl Bench {
     /// Adds what a job of vCPU 0 took, touch by touch.
-    fn add(&self, job: Job, times: &mut Times) -> anyhow::Result<()> {
+    pub fn add(&self, job: Job, times: &mut Times) -> anyhow::Result<()> {
         self.add_all(&self.node.run(&[(0, job)])?, times);
         Ok(())
     }

@@ -35,6 +35,8 @@ pub enum Touch {
     Turns = 4,
     /// Loads a word of every cache line, and of every 512th page stores one; only the whole job is timed.
     Mixed = 5,
+    /// Stores the word that is there; timed.
+    Rewrite = 6,
 }
 
 impl Touch {
@@ -145,7 +147,7 @@ pub fn build(memory: u64, shares: &[u64]) -> Result<MicroGuest, MicroError> {
 
 fn program(asm: &mut CodeAssembler, vcpu: usize, job: u64) -> Result<(), MicroError> {
     let mut next = asm.create_label();
-    let kinds = [Touch::Read, Touch::Write, Touch::Scan, Touch::Fill, Touch::Turns, Touch::Mixed];
+    let kinds = [Touch::Read, Touch::Write, Touch::Scan, Touch::Fill, Touch::Turns, Touch::Mixed, Touch::Rewrite];
     let mut labels = kinds.map(|_| asm.create_label());
     asm.mov(rbx, job)?;
     asm.set_label(&mut next)?;
@@ -207,6 +209,7 @@ fn body(asm: &mut CodeAssembler, touch: Touch) -> Result<(), MicroError> {
     match touch {
         Touch::Read => asm.mov(rax, qword_ptr(rcx))?,
         Touch::Write => asm.mov(qword_ptr(rcx), rcx)?,
+        Touch::Rewrite => asm.lock().add(qword_ptr(rcx), 0)?,
         Touch::Scan | Touch::Fill | Touch::Mixed => {
             if touch == Touch::Mixed {
                 asm.test(r15, 511)?;

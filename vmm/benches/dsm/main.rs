@@ -16,6 +16,7 @@ mod one_host;
 mod peer;
 mod shared;
 mod stream;
+mod tables;
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command};
@@ -72,6 +73,8 @@ enum Part {
     Stream,
     /// A working set that two vCPUs share
     Shared,
+    /// Single faults beside many replicated page tables
+    Tables,
     /// What a transport for nodes on one host could bring
     OneHost,
 }
@@ -154,6 +157,10 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted(Part::Shared) && vcpus > 1 {
         shared::measure(&mut bench)?;
+    }
+    // Their replicas stay.
+    if wanted(Part::Tables) {
+        tables::measure(&mut bench)?;
     }
     if wanted(Part::OneHost) && bench.one_clock {
         one_host::measure(&mut bench)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use krg_dsm::memory::GuestRam;
-use krg_dsm::node::{Client, Dsm, DsmError, Start};
+use krg_dsm::node::{Client, Dsm, DsmError, Start, TABLES_REST};
 use krg_dsm::transport::rdma::RdmaTransport;
 use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,7 @@ use zerocopy::IntoBytes;
 
 use super::floor;
 use super::guest::{self, Job, LOADED};
+use super::tables;
 
 /// Memory of each node.
 pub const SHARE: u64 = 256 << 20;
@@ -171,6 +172,8 @@ pub struct Node {
     gate: Arc<Gate>,
     ends: Receiver<End>,
     share: u64,
+    /// The guest's top-level page table.
+    pub root: u64,
 }
 
 /// The nodes' vCPUs: node 0 has the first `vcpus`, node 1 one.
@@ -280,6 +283,12 @@ impl Node {
         let gate = Gate::new(placement.cpus() as usize);
         let ram = Arc::new(GuestRam::new(&[(0, placement.memory())], true)?);
         let (machine, micro, ends) = machine(&placement, me, &ram, &gate)?;
+        let root = micro.roots[0];
+        if me == 0 {
+            for (at, bytes) in tables::writes(root) {
+                ram.memory().write_slice(&bytes, GuestAddress(at))?;
+            }
+        }
         let transport: Arc<dyn Transport> = match kind {
             Kind::Tcp => Arc::new(TcpTransport::new(to_other(me, Streams { messages, blocks }), Config::default())?),
             Kind::Rdma => Arc::new(RdmaTransport::connect(to_other(me, messages), Config::default())?),
@@ -293,9 +302,10 @@ impl Node {
         dsm.start(Start {
             me,
             shares: placement.hosts.iter().map(|host| host.memory).collect(),
-            preloaded: std::iter::once(0..(LOADED >> 12) as u32).collect(),
+            preloaded: vec![0..(LOADED >> 12) as u32, tables::PAGES],
             image: 0x10..(LOADED >> 12) as u32,
             replicate: true,
+            tables_rest: TABLES_REST,
             merge_after: Duration::from_secs(10),
             cache: u64::MAX,
             bug: None,
@@ -309,6 +319,7 @@ impl Node {
             gate,
             ends,
             share: me as u64 * SHARE,
+            root,
         })
     }
 

@@ -27,6 +27,8 @@ pub enum Request {
     Trace(bool),
     /// Asks for what was noted.
     TakeTrace,
+    /// Asks for its replicas of page tables.
+    Replicas,
 }
 
 /// What it answers.
@@ -36,6 +38,8 @@ pub enum Reply {
     /// The times of the touches.
     Times(Vec<(u64, u64)>),
     Marks(Vec<Mark>),
+    /// Replicas: all, and those at rest.
+    Replicas(usize, usize),
     Failed(String),
 }
 
@@ -105,6 +109,10 @@ pub fn work(address: SocketAddr, vcpus: usize, kind: Kind, one_stream: bool) -> 
                 Reply::Done
             }
             Request::TakeTrace => Reply::Marks(node.dsm.take_trace()),
+            Request::Replicas => {
+                let replicas = node.dsm.counters().unwrap_or_default().1;
+                Reply::Replicas(replicas.held, replicas.resting)
+            }
         };
         writeln!(answer, "{}", serde_json::to_string(&reply)?)?;
     }
@@ -154,6 +162,15 @@ impl Peer {
         match self.answer()? {
             Reply::Times(times) => Ok(times),
             other => bail!("second node: {other:?} is no answer to a job"),
+        }
+    }
+
+    /// Replicas of page tables there: all, and those at rest.
+    pub fn replicas(&mut self) -> anyhow::Result<(usize, usize)> {
+        self.ask(&Request::Replicas)?;
+        match self.answer()? {
+            Reply::Replicas(held, resting) => Ok((held, resting)),
+            other => bail!("second node: {other:?} tells of no replicas"),
         }
     }
 

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
+use krg_dsm::node::TABLES_REST;
 use krg_vmm::machine::{MoveTimes, Part};
 use krg_vmm::ownership::Outcome;
 use vm_memory::{Bytes, GuestAddress};
@@ -59,7 +60,7 @@ struct Measured {
 impl Measured {
     fn new() -> anyhow::Result<Self> {
         let micro = guest::build(MEMORY, LOADED, VCPUS as usize)?;
-        let plan = Plan { nodes: 2, vcpus: VCPUS, replicate: true, cache: u64::MAX, bug: None };
+        let plan = Plan { nodes: 2, vcpus: VCPUS, replicate: true, tables_rest: TABLES_REST, cache: u64::MAX, bug: None };
         let nodes = Nodes::new(plan, |memory| {
             for (at, bytes) in &micro.writes {
                 memory.write_slice(bytes, GuestAddress(*at)).expect("below the end of memory");

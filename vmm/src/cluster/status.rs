@@ -73,10 +73,14 @@ pub struct Told {
     pub bytes_out: Option<u64>,
     /// Pages that were taken away soon after they had come.
     pub bounces: Option<u64>,
-    /// Comparisons of all replicas of page tables before a release.
+    /// Comparisons of replicas of page tables before a release.
     pub flushes: Option<u64>,
     /// Replicas compared in them.
     pub pages_compared: Option<u64>,
+    /// Replicas that came to rest, and are not compared.
+    pub rests: Option<u64>,
+    /// Of these, those that were walked or written again.
+    pub rests_ended: Option<u64>,
     /// Changed words of replicas that were sent.
     pub words_merged: Option<u64>,
     /// Pages that became replicated tables while the node owned them.
@@ -193,6 +197,8 @@ impl Told {
             bounces: told["bounces"].as_u64(),
             flushes: dsm("flushes"),
             pages_compared: dsm("pages_compared"),
+            rests: dsm("rests"),
+            rests_ended: dsm("rests_ended"),
             words_merged: dsm("words_merged"),
             promotions: dsm("promotions"),
             demotions: dsm("demotions"),

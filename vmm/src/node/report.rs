@@ -70,9 +70,11 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
         }
         line += &format!(
             "; faults: {} read, {} write, {} upgrade ({} of them zero pages, {} neighbours taken along), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
-             page tables: {replicas} replicated, {} promoted, {} demoted, {} words merged in {} flushes of {} pages compared, {} conflicts",
+             page tables: {} replicated, {} of them at rest, {} promoted, {} demoted, {} words merged in {} flushes of {} pages compared, {} conflicts, \
+             {} came to rest, {} of them were used again",
             c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.zero_neighbours, c.stale_faults, c.pages_in, c.pages_out,
-            messages, bytes >> 10, c.promotions, c.demotions, c.words_merged, c.flushes, c.pages_compared, c.conflicts
+            messages, bytes >> 10, replicas.held, replicas.resting, c.promotions, c.demotions, c.words_merged, c.flushes, c.pages_compared,
+            c.conflicts, c.rests, c.rests_ended
         );
         let blocks = dsm.map(Dsm::blocks).unwrap_or_default();
         line += &format!(
@@ -110,7 +112,8 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
         line += &format!("; a fault took {mean_us:.0} us on average");
         figures["fault_mean_us"] = json!(mean_us);
         figures["dsm"] = json!(c);
-        figures["replicas"] = json!(replicas);
+        figures["replicas"] = json!(replicas.held);
+        figures["replicas_resting"] = json!(replicas.resting);
         figures["messages_out"] = json!(messages);
         figures["bytes_out"] = json!(bytes);
     }

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use krg_dsm::memory::{GuestRam, PAGE_SHIFT};
-use krg_dsm::node::{Dsm, DsmError, Start};
+use krg_dsm::node::{Dsm, DsmError, Start, TABLES_REST};
 use krg_dsm::transport::rdma::{RdmaError, RdmaTransport};
 use krg_dsm::transport::{Config, PeerEvent, Streams, TcpTransport, Transport, TransportError};
 use serde::{Deserialize, Serialize};
@@ -214,7 +214,7 @@ impl Node<'_> {
             return Err(Stop::Error("node 0 says it loaded memory that doesn't exist".into()));
         }
         let shares = self.spec.placement.hosts.iter().map(|h| h.memory).collect();
-        let start = Start { me: self.spec.node, shares, preloaded, image, replicate, merge_after: MERGE_AFTER, cache: self.spec.cache, bug: None };
+        let start = Start { me: self.spec.node, shares, preloaded, image, replicate, tables_rest: TABLES_REST, merge_after: MERGE_AFTER, cache: self.spec.cache, bug: None };
         self.dsm.start(start).map_err(|e| e.to_string())?;
         if self.spec.node == 0 {
             let mut errors = Vec::new();

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_msi;
+use krg_dsm::node::TABLES_REST;
 use krg_guest_kernel::micro::MicroError;
 use krg_guest_kernel::micro::code_asm::{
     CodeAssembler, al, ax, ds, dword_ptr, dx, eax, ebx, ecx, edx, esi, ptr, rax, rbx, rcx, rdx,
@@ -33,6 +34,7 @@ fn plan(nodes: usize, vcpus: u32) -> Plan {
         nodes,
         vcpus,
         replicate: true,
+        tables_rest: TABLES_REST,
         bug: None,
         cache: u64::MAX,
     }

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use krg_dsm::node::TABLES_REST;
 use krg_dsm::protocol::Bug;
 use krg_guest_kernel::micro::code_asm::{CodeAssembler, qword_ptr, r8, r9, r10, rbx};
 use krg_guest_kernel::micro::litmus::{self, Litmus, Run};
@@ -44,6 +45,7 @@ pub fn plan(nodes: usize, vcpus: usize) -> Plan {
         nodes,
         vcpus: vcpus as u32,
         replicate: true,
+        tables_rest: TABLES_REST,
         bug: None,
         cache: u64::MAX,
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use krg_dsm::node::TABLES_REST;
 use krg_guest_kernel::micro::code_asm::{
     CodeAssembler, al, dword_ptr, eax, ebx, ecx, edx, esi, ptr, qword_ptr, r14, r14d, r15, rax, rbx, rcx, rdi, rdx,
 };
@@ -300,6 +301,7 @@ fn storm(nodes: usize, vcpus: u32, timer: Timer, movers: u64, moves: u32) {
         nodes,
         vcpus,
         replicate: true,
+        tables_rest: TABLES_REST,
         bug: None,
         cache: u64::MAX,
     };
@@ -453,6 +455,7 @@ fn what_is_in_service_and_what_is_blocked_stay_so() {
         nodes: 2,
         vcpus: 2,
         replicate: true,
+        tables_rest: TABLES_REST,
         bug: None,
         cache: u64::MAX,
     };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use krg_dsm::memory::{BlockCounters, GuestRam};
 use krg_dsm::node::{Client, Copies, Dsm, DsmError, Start};
-use krg_dsm::protocol::{Bug, Counters};
+use krg_dsm::protocol::{Bug, Counters, Patience};
 use krg_dsm::transport::{Config, Streams, TcpTransport, Transport};
 use krg_guest_kernel::micro::{InitialRegs, PORT_DONE, PORT_FAULT, PORT_YIELD};
 use krg_scheduler::{HostShare, Placement};
@@ -45,6 +45,8 @@ pub struct Plan {
     pub vcpus: u32,
     /// Page tables are replicated.
     pub replicate: bool,
+    /// When their replicas rest.
+    pub tables_rest: Patience,
     /// Bytes of copies a node may have.
     pub cache: u64,
     /// A protocol bug to plant.
@@ -214,6 +216,7 @@ impl Nodes {
                 // Where micro guests have their tables: roots within the image are taken for such.
                 image: 0x10..(LOADED >> 12) as u32,
                 replicate: plan.replicate,
+                tables_rest: plan.tables_rest,
                 merge_after: Duration::from_millis(300),
                 cache: plan.cache,
                 bug: plan.bug,

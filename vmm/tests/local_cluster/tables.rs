@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use krg_dsm::protocol::{Bug, Counters};
+use krg_dsm::protocol::{Bug, Counters, Patience};
 use krg_guest_kernel::micro::code_asm::{
     CodeAssembler, eax, qword_ptr, r8, r9, r10, r12, r13, r14, r15, rax, rcx, rdx,
 };
@@ -224,6 +224,14 @@ fn replicated_tables_are_in_place_when_they_are_told_of() {
         counters.promotions > 0 && counters.words_merged > 0,
         "nothing was replicated: {counters:?}"
     );
+}
+
+/// Every table is protected as soon as a flush finds it unchanged, whatever that costs.
+#[test]
+fn tables_that_always_come_to_rest_are_in_place_when_they_are_told_of() {
+    let restless = Patience { first: 1, most: 1 };
+    let counters = map_and_reuse(Plan { tables_rest: restless, ..plan(2, 2) }).unwrap();
+    assert!(counters.rests > 100 && counters.rests_ended > 0, "hardly any table rested: {counters:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod ahead;
 mod back;
 mod losses;
+mod rests;
 mod scenarios;
 mod world;
 

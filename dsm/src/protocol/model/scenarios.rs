@@ -448,12 +448,12 @@ pub(super) fn warmed(homes: &[u32], programs: &[&[Op]]) -> World {
     world
 }
 
-fn published(w: &World) -> Result<(), String> {
+pub(super) fn published(w: &World) -> Result<(), String> {
     let last = w.cpus.last().expect("a CPU").results.last().copied();
     require(last == Some(NEW), || format!("the walk after the signal found {last:x?}"))
 }
 
-const TABLE_HOMES: [&[u32]; 3] = [&[5, 0], &[0, 5], &[2, 3]];
+pub(super) const TABLE_HOMES: [&[u32]; 3] = [&[5, 0], &[0, 5], &[2, 3]];
 
 #[test]
 fn a_table_change_is_in_place_before_the_page_that_tells_of_it() {
@@ -543,7 +543,7 @@ fn reuse(homes: &[u32]) -> World {
     )
 }
 
-fn counted(w: &World) -> Result<(), String> {
+pub(super) fn counted(w: &World) -> Result<(), String> {
     require(w.value(TABLE, 3) == 2, || format!("{} of 2 increments", w.value(TABLE, 3)))
 }
 
@@ -616,9 +616,13 @@ fn keeping_a_freed_table_replicated_is_caught() {
     is_caught("freed table kept", reuse(&[5, 0]), Bug::NoReachability, 1, counted);
 }
 
+/// Two nodes walk tables that node 0 alone has, and one of them changes one.
+pub(super) fn cold(homes: &[u32]) -> World {
+    let programs: [&[Op]; 2] = [&[Walk(ROOT, PATH), Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Walk(ROOT, PATH), Wait(FLAG, 0, 1), Walk(ROOT, PATH)]];
+    tables(homes, programs.iter().enumerate().map(|(n, p)| Cpu::new(n, p)).collect())
+}
+
 #[test]
 fn cold_tables_are_replicated_on_demand_under_every_order() {
-    let programs: [&[Op]; 2] = [&[Walk(ROOT, PATH), Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Walk(ROOT, PATH), Wait(FLAG, 0, 1), Walk(ROOT, PATH)]];
-    let cpus = programs.iter().enumerate().map(|(n, p)| Cpu::new(n, p)).collect();
-    holds("cold tables", tables(&[2, 3], cpus), 1, published);
+    holds("cold tables", cold(&[2, 3]), 1, published);
 }

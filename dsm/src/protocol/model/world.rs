@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::{Deref, Range};
 use std::rc::Rc;
 
-use super::super::{Access, BlockContent, Bug, Engine, Geometry, Input, Intent, Memory, Message, NodeId, Output, PageData, pte};
+use super::super::{Access, BlockContent, Bug, Engine, Geometry, Input, Intent, Memory, Message, NodeId, Output, PageData, Patience, pte};
 
 /// Words a page: two in the user half of a root, two in the kernel half.
 pub const W: usize = 4;
@@ -377,6 +377,27 @@ impl World {
         self.change(|engine| engine.take_zeros_by(group, block));
     }
 
+    /// Replicas rest after one flush without a change.
+    pub fn rest_at_once(&mut self) {
+        self.change(|engine| engine.rest_after(Patience { first: 1, most: 1 }));
+    }
+
+    /// All replicas come to rest, on every node, and do so again after one flush without a change.
+    pub fn let_tables_rest(&mut self) {
+        self.rest_at_once();
+        let nodes = self.engines.len();
+        for node in 0..nodes {
+            let to = ((node + 1) % nodes) as NodeId;
+            while self.engines[node].resting() < self.engines[node].replicas() {
+                self.step(node, Input::Send { to, bytes: vec![0] }, None);
+                while let Some((from, to)) = (0..nodes).flat_map(|f| (0..nodes).map(move |t| (f, t))).find(|&(f, t)| !self.channels[f][t].is_empty()) {
+                    self.act(Action::Deliver(from, to), None);
+                }
+            }
+        }
+        self.cpus[0].interrupts = 0;
+    }
+
     pub fn plant(&mut self, bug: Bug) {
         self.change(|engine| engine.plant(bug));
     }
@@ -574,9 +595,20 @@ impl World {
         self.channels[from][to].pop_front()
     }
 
-    /// One writer or many readers, for every page that is not a replicated table.
+    /// One writer or many readers, for every page that is not a replicated table, and no replica that can be written to but
+    /// is not compared, or the other way round.
     pub fn check(&self) -> Result<(), String> {
+        if let Some(node) = self.engines.iter().position(|engine| !engine.tables.suspects_all()) {
+            return Err(format!("node {node} doesn't suspect a replica that is no table any more"));
+        }
         for page in 0..self.memories[0].len() {
+            for (node, engine) in self.engines.iter().enumerate().filter(|(node, _)| self.lost != Some(*node)) {
+                let writable = self.memories[node][page].is_some_and(|mapped| mapped.writable);
+                let resting = engine.tables.is_resting(page as u32);
+                if engine.access(page as u32) == Access::Replicated && writable == resting {
+                    return Err(format!("page {page}: the replica of node {node} rests: {resting}, and is writable: {writable}"));
+                }
+            }
             if self.engines.iter().any(|e| e.access(page as u32) == Access::Replicated) {
                 continue;
             }
