@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from . import cargotest, guestimage, machinetest, movetest
+from . import cargotest, guestimage, machinetest, movetest, rival
 from .errors import LabError
 from .labmachine import SLOWER, Machine
 from .machinetest import API, IMAGE, INITRD_SHELL, LOGS, MIB_EACH, PROGRAMS, ask, drain
@@ -263,6 +263,8 @@ def main(prog, words):
     parser.add_argument("--json", action="store_true", help="one JSON object a figure")
     parser.add_argument("--boots", type=int, default=3, help="boots over two hosts and on one, of which the median counts (3)")
     parser.add_argument("--seconds", type=int, default=60, help="length of each window after the last boot (60)")
+    parser.add_argument("--rival", metavar="COMMIT", action="append", default=[],
+                        help="instead: boots over two hosts beside the version of this commit, in turns; can be given several times")
     args = parser.parse_args(words)
     if args.boots < 1 or args.seconds < 10:
         parser.error(f"--boots {args.boots} --seconds {args.seconds}: at least one boot, and windows of 10 s")
@@ -272,13 +274,18 @@ def main(prog, words):
     tests = machinetest.MachineTests()
     try:
         with contextlib.redirect_stdout(sys.stderr):
+            rivals = rival.built(args.rival)
             cargotest.build()
             guestimage.obtain("minimal")
-            found = measure(tests, args.boots, args.seconds)
+            if rivals:
+                tests.up(hosts=HOSTS, cpus_each=1, mib_each=MIB_EACH)
+                found = [rival.compare(tests, rivals, args.boots)]
+            else:
+                found = measure(tests, args.boots, args.seconds)
         if not args.json:
             print(f"two emulated hosts; the guest's clock runs {SLOWER} times slower: a real second has {SLOWER} times fewer "
                   "ticks than on hardware")
-        show(Figures(args.json), *found)
+        (rival.show if rivals else show)(Figures(args.json), *found)
     except (LabError, AssertionError, OSError, subprocess.SubprocessError) as error:
         sys.exit(f"{prog}: {one_line(error)}")
     except KeyboardInterrupt as signal:

@@ -37,13 +37,13 @@ def guest_program(name):
     return cargo_target() / "static" / TARGET / "release" / name
 
 
-def cargo(words, log, limit, **variables):
+def cargo(words, log, limit, directory=REPO, **variables):
     """Runs cargo with its output in the file `log`; its exit status."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # Without a terminal cargo shows no progress; colours would only hide the words.
     environment = dict(os.environ, CARGO_TERM_COLOR="never", RUST_BACKTRACE="1", **variables)
     with open(log, "wb") as file:
-        child = subprocess.Popen(["cargo", *words], cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+        child = subprocess.Popen(["cargo", *words], cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=file,
                                  stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return child.wait(limit)
