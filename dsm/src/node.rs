@@ -46,7 +46,7 @@ const ZERO_GROUP: u32 = 32;
 
 /// When replicas of page tables rest. Comparing one costs 0.11 us, protecting it and the fault that ends that some hundred
 /// times as much.
-pub const TABLES_REST: Patience = Patience { first: 256, most: 1 << 16 };
+pub const TABLES_REST: Patience = Patience { first: 256, most: 1 << 16, leave: 4096 };
 
 /// Longest wait of a fault for room among the copies: what can't be evicted must not stop the guest.
 const ROOM_PATIENCE: Duration = Duration::from_secs(1);

@@ -77,7 +77,7 @@ fuzz_target!(|data: &[u8]| {
     let me = NodeId::from(*me) % NODES as NodeId;
     let mut engine = Engine::<W>::new(me, geometry.clone(), &[0..3, 5..6], 0..2, true);
     engine.take_zeros_by(1 << (group % 4), 1 << (group >> 2 & 3));
-    engine.rest_after(Patience { first: u32::from(group >> 4 & 3), most: 2 });
+    engine.rest_after(Patience { first: u32::from(group >> 4 & 3), most: 2, leave: u32::from(group >> 6) });
     let mut memory = Strict(vec![None; PAGES as usize]);
     for page in [0, 1, 2, 5].into_iter().filter(|_| me == 0) {
         memory.0[page] = Some(([0; W], true));

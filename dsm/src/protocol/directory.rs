@@ -32,7 +32,8 @@ pub(super) enum Busy {
     /// were told to drop their copies for it, have said so to home.
     Recall { requester: NodeId, owner: NodeId, kept: Option<bool>, waiting: NodeSet },
     /// A replica is taken back from these nodes, for `owner` (`None`: for home itself).
-    Demotion { owner: Option<NodeId>, waiting: NodeSet, changes: Vec<Change> },
+    /// `dropped`: who has to be told when that is over.
+    Demotion { owner: Option<NodeId>, waiting: NodeSet, dropped: NodeSet, changes: Vec<Change> },
     /// A copy goes that its node had no room for: until it says that it is gone.
     Eviction { node: NodeId },
     /// Given up for `by`, as part of what it called `id`, once these have dropped their copies.
@@ -112,10 +113,11 @@ impl<const W: usize> Directory<W> {
             }
             Busy::Eviction { node: of } => node(*of),
             Busy::Freeing { by, waiting, .. } => node(*by) && waiting.fits(nodes) && !waiting.is_empty(),
-            Busy::Demotion { owner, waiting, changes } => {
+            Busy::Demotion { owner, waiting, dropped, changes } => {
                 self.masters.contains_key(page)
                     && owner.is_none_or(|owner| node(owner) && !waiting.contains(owner))
                     && waiting.fits(nodes)
+                    && dropped.fits(nodes)
                     && changes.iter().all(|change| change.page == *page && usize::from(change.word) < W)
             }
         };
@@ -456,8 +458,10 @@ impl<const W: usize> Engine<W> {
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Demote")?;
         // Otherwise it was taken back meanwhile: the Drop that tells so is on its way.
-        if self.directory.masters.get(&page).is_some_and(|master| master.holders.contains(from)) {
-            self.home_take_back(page, Some(from), memory, out);
+        if let Some(master) = self.directory.masters.get(&page).filter(|master| master.holders.contains(from)) {
+            // Where another may tell it of the page before home's word has come, it gives its replica up like all others.
+            let keeps = self.geometry.nodes() == 2 || master.holders.len() == 1;
+            self.home_take_back(page, keeps.then_some(from), memory, out);
         }
         Ok(())
     }
@@ -484,7 +488,7 @@ impl<const W: usize> Engine<W> {
         if waiting.is_empty() {
             self.loopback.push_back(Message::Dropped { page, changes: Vec::new() });
         }
-        self.directory.busy.insert(page, Busy::Demotion { owner, waiting, changes: Vec::new() });
+        self.directory.busy.insert(page, Busy::Demotion { owner, waiting, dropped: NodeSet::new(), changes: Vec::new() });
     }
 
     /// A holder has given up its replica.
@@ -497,13 +501,18 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
         self.check_home(from, page, "Dropped")?;
-        let Some(Busy::Demotion { waiting, changes, .. }) = self.directory.busy.get_mut(&page) else {
+        if !self.directory.busy.contains_key(&page) {
+            return self.home_left(from, page, changed.is_empty(), memory, out);
+        }
+        let Some(Busy::Demotion { waiting, dropped, changes, .. }) = self.directory.busy.get_mut(&page) else {
             return Err(ProtocolError { from, what: "a Dropped nobody waits for", page });
         };
         if changed.iter().any(|c| c.page != page || usize::from(c.word) >= W) {
             return Err(ProtocolError { from, what: "Dropped with changes elsewhere", page });
         }
-        waiting.remove(from);
+        if waiting.remove(from) {
+            dropped.insert(from);
+        }
         changes.extend(&changed);
         if let Some(master) = self.directory.masters.get_mut(&page) {
             for change in &changed {
@@ -511,6 +520,29 @@ impl<const W: usize> Engine<W> {
             }
         }
         self.finish_demotion(from, page, memory, out)
+    }
+
+    /// A holder has given up a replica that nobody there used, unchanged. Who is left alone with one needs none.
+    fn home_left(
+        &mut self,
+        from: NodeId,
+        page: u32,
+        unchanged: bool,
+        memory: &mut impl Memory<W>,
+        out: &mut Output<W>,
+    ) -> Result<(), ProtocolError> {
+        let master = self.directory.masters.get_mut(&page).filter(|master| unchanged && master.holders.contains(from));
+        let Some(master) = master else {
+            return Err(ProtocolError { from, what: "a Dropped nobody waits for", page });
+        };
+        master.holders.remove(from);
+        let (count, first) = (master.holders.len(), master.holders.iter().next());
+        match first {
+            None => self.home_take_back(page, None, memory, out),
+            Some(last) if count == 1 => self.send(last, Message::Alone { page }, memory, out),
+            Some(_) => {}
+        }
+        Ok(())
     }
 
     /// If nobody holds the replica any more but its new owner: the page is that node's, or goes to whoever
@@ -522,8 +554,10 @@ impl<const W: usize> Engine<W> {
         memory: &mut impl Memory<W>,
         out: &mut Output<W>,
     ) -> Result<(), ProtocolError> {
-        let (owner, changes) = match self.directory.busy.get_mut(&page) {
-            Some(Busy::Demotion { owner, waiting, changes }) if waiting.is_empty() => (*owner, std::mem::take(changes)),
+        let (owner, changes, dropped) = match self.directory.busy.get_mut(&page) {
+            Some(Busy::Demotion { owner, waiting, dropped, changes }) if waiting.is_empty() => {
+                (*owner, std::mem::take(changes), std::mem::take(dropped))
+            }
             _ => return Ok(()),
         };
         self.directory.busy.remove(&page);
@@ -551,6 +585,11 @@ impl<const W: usize> Engine<W> {
                 }
                 memory.install(page, &data, true);
                 self.access[page as usize] = Access::Exclusive;
+            }
+        }
+        if self.geometry.nodes() > 2 {
+            for node in dropped.iter() {
+                self.send(node, Message::Settled { page }, memory, out);
             }
         }
         self.serve_next(page, memory, out)

@@ -165,18 +165,21 @@ pub struct Counters {
     pub failures: u64,
     /// Pages that became replicated tables while this node owned them.
     pub promotions: u64,
-    /// Replicas this node asked to take back because they are tables no longer.
+    /// Replicas this node asked to take back because they are tables no longer, or because nobody else has one.
     pub demotions: u64,
     /// Flushes: comparisons of replicas before a release, of all that do not rest.
     pub flushes: u64,
     /// Replicas that came to rest: write-protected here and not compared.
     pub rests: u64,
-    /// Of these, those that somebody here walked or wrote again. Such a fault waits for nobody, and is none of the others.
+    /// Of these, those that somebody here walked or wrote again. A fault that does so waits for nobody, and is none of the
+    /// others.
     pub rests_ended: u64,
     /// Replica pages compared.
     pub pages_compared: u64,
     /// Changed words sent.
     pub words_merged: u64,
+    /// Replicas given up here, since nobody used them.
+    pub departures: u64,
     /// Words two nodes had changed differently since the last merge.
     pub conflicts: u64,
 }
@@ -598,11 +601,17 @@ impl<const W: usize> Engine<W> {
             Message::Merged { id } => {
                 self.fence_merged(from, id, out);
             }
+            // It left before home asked; by now the page may be here as any other, straight from its new owner.
+            Message::Drop { page } if from == self.geometry.home(page) && self.access[page as usize] != Access::Replicated => {}
             Message::Drop { page } => {
-                if from != self.geometry.home(page) || self.access[page as usize] != Access::Replicated {
+                if from != self.geometry.home(page) {
                     return bad("Drop", page);
                 }
                 self.flush(memory, out);
+                if self.access[page as usize] != Access::Replicated {
+                    // It has left in that flush.
+                    return Ok(());
+                }
                 memory.protect(page);
                 let changes = self.last_changes(page, memory);
                 memory.discard(page);
@@ -610,6 +619,17 @@ impl<const W: usize> Engine<W> {
                 self.tables.remove(&self.geometry, page);
                 self.note_taken(page, out);
                 self.send(from, Message::Dropped { page, changes }, memory, out);
+                if self.geometry.nodes() == 2 || self.bug == Some(Bug::SettledNotAwaited) {
+                    // What leaves now comes behind the Dropped.
+                    self.fence_demoted(page, out);
+                } else {
+                    self.fence.await_demotion(page);
+                }
+            }
+            Message::Settled { page } => {
+                if from != self.geometry.home(page) {
+                    return bad("Settled", page);
+                }
                 self.fence_demoted(page, out);
             }
             Message::Demoted { page, changes } => {
@@ -618,6 +638,13 @@ impl<const W: usize> Engine<W> {
                 }
                 self.take_back(page, &changes, memory);
                 self.fence_demoted(page, out);
+            }
+            Message::Alone { page } => {
+                if from != self.geometry.home(page) {
+                    return bad("Alone", page);
+                }
+                // The next flush gives it back.
+                self.tables.set_alone(page);
             }
             Message::NodeLost { node } => {
                 if node == self.me || node == from || usize::from(node) >= self.geometry.nodes() {

@@ -84,7 +84,8 @@ impl<const W: usize> Engine<W> {
         let mut found = Vec::new();
         // One a flush, since somebody waits for it.
         let mut may_rest = true;
-        for page in self.tables.begin_flush() {
+        self.tables.tick();
+        for page in self.tables.active() {
             let Some((level, _)) = self.tables.replica(page) else { continue };
             self.compare(page, &mut may_rest, &mut found, memory);
             for &(word, now) in &found {
@@ -125,6 +126,9 @@ impl<const W: usize> Engine<W> {
                 self.fence.await_merge(id, due);
             }
         }
+        if let Some(page) = self.tables.take_leaver(&self.geometry) {
+            self.leave(page, memory, out);
+        }
         for page in orphans {
             self.counters.demotions += 1;
             self.fence.await_demotion(page);
@@ -132,6 +136,19 @@ impl<const W: usize> Engine<W> {
                 home if home == self.me => self.loopback.push_back(Message::Demote { page }),
                 home => out.sends.push((home, Message::Demote { page })),
             }
+        }
+    }
+
+    /// Gives up a replica at rest: all that was changed in it here has been merged, and home has the master.
+    fn leave(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        memory.discard(page);
+        self.access[page as usize] = Access::Invalid;
+        self.tables.remove(&self.geometry, page);
+        self.counters.departures += 1;
+        let message = Message::Dropped { page, changes: Vec::new() };
+        match self.geometry.home(page) {
+            home if home == self.me => self.loopback.push_back(message),
+            home => out.sends.push((home, message)),
         }
     }
 
@@ -184,8 +201,10 @@ impl<const W: usize> Engine<W> {
         out: &mut Output<W>,
     ) {
         let (mine, held): (Vec<_>, Vec<_>) = changes.into_iter().partition(|c| self.geometry.home(c.page) == self.me);
-        for change in &held {
-            self.apply(change, memory);
+        self.tables.tick();
+        self.apply_all(&held, memory);
+        if let Some(page) = self.tables.take_leaver(&self.geometry) {
+            self.leave(page, memory, out);
         }
         let mut due = NodeSet::new();
         let mut relay = UNCONFIRMED;
@@ -227,9 +246,7 @@ impl<const W: usize> Engine<W> {
         let mut due = NodeSet::new();
         for (node, changes) in to {
             if node == self.me {
-                for change in &changes {
-                    self.apply(change, memory);
-                }
+                self.apply_all(&changes, memory);
             } else {
                 out.sends.push((node, Message::Merge { id, changes }));
                 due.insert(node);
@@ -242,12 +259,32 @@ impl<const W: usize> Engine<W> {
         if id == UNCONFIRMED { NodeSet::new() } else { due }
     }
 
-    /// As holder: puts another node's change in place.
+    /// As holder: puts another node's changes in place. What rests goes on doing so: who uses it elsewhere changes it often.
+    fn apply_all(&mut self, changes: &[Change], memory: &mut impl Memory<W>) {
+        let mut found = Vec::new();
+        for of_page in changes.chunk_by(|one, next| one.page == next.page) {
+            let page = of_page[0].page;
+            let rests = self.tables.is_resting(page);
+            if rests {
+                memory.unprotect(page);
+            }
+            of_page.iter().for_each(|change| self.apply(change, memory));
+            let Some((_, replica)) = self.tables.replica(page).filter(|_| rests) else { continue };
+            memory.protect(page);
+            // As for one that comes to rest: somebody here may have written to it meanwhile.
+            found.clear();
+            memory.differences(page, &replica.twin, &mut found);
+            if !found.is_empty() {
+                self.tables.rouse(page, true);
+                self.counters.rests_ended += 1;
+                memory.unprotect(page);
+            }
+        }
+    }
+
+    /// As holder: puts another node's change in place, in a replica that can be written to.
     fn apply(&mut self, change: &Change, memory: &mut impl Memory<W>) {
         let (page, word) = (change.page, usize::from(change.word));
-        if self.tables.rouse(page, false) {
-            memory.unprotect(page);
-        }
         let Some((level, replica)) = self.tables.replica(page) else { return };
         let twin = replica.twin[word];
         let new = pte::settled(change.new, level);
@@ -267,11 +304,19 @@ impl<const W: usize> Engine<W> {
         if self.tables.rouse(page, false) {
             memory.unprotect(page);
         }
+        let alone = self.tables.replica(page).is_some_and(|(_, replica)| replica.alone);
         let Some(twin) = self.tables.remove(&self.geometry, page) else { return };
         for change in changes.iter().filter(|c| c.page == page && usize::from(c.word) < W) {
-            // What was changed here is newer: this node knows that the page is a table no longer.
             let word = usize::from(change.word);
-            let _ = memory.compare_exchange(page, word, twin[word], change.new);
+            let mut now = twin[word];
+            // What was changed here is newer: this node knows that the page is a table no longer. If it is one, whose last
+            // other holder came late, hardware may have set bits here.
+            while let Err(other) = memory.compare_exchange(page, word, now, change.new) {
+                if !alone || !pte::same_but_accessed_dirty(other, twin[word]) {
+                    break;
+                }
+                now = other;
+            }
         }
         self.access[page as usize] = Access::Exclusive;
     }

@@ -102,14 +102,18 @@ pub enum Message<const W: usize> {
     Merge { id: u32, changes: Vec<Change> },
     /// The merge `id` is in place at everybody it concerns.
     Merged { id: u32 },
-    /// Holder to home: no longer a page table here; I want to be its owner.
+    /// Holder to home: no longer a page table here, or nobody else has it; I want to be its owner.
     Demote { page: u32 },
     /// Home to holder: give up your replica.
     Drop { page: u32 },
-    /// Holder to home: given up; the last words changed here.
+    /// Holder to home: given up; the last words changed here. Also without a Drop, of a replica nobody there uses.
     Dropped { page: u32, changes: Vec<Change> },
     /// Home to the new owner: you alone have it; the last words changed elsewhere.
     Demoted { page: u32, changes: Vec<Change> },
+    /// Home to who has given up a replica when asked: no other is left, and the page has one owner or will have.
+    Settled { page: u32 },
+    /// Home to the last holder: nobody else has a replica any more.
+    Alone { page: u32 },
     /// To everybody, before anything else: `node` is lost.
     NodeLost { node: NodeId },
     /// Requester to home: `lost` will not answer my request; if it was to, serve it again. The rest as in
@@ -232,6 +236,8 @@ impl<const W: usize> Message<W> {
                 head(out, 15, *page);
                 put_changes(out, changes);
             }
+            Alone { page } => head(out, 34, *page),
+            Settled { page } => head(out, 35, *page),
             NodeLost { node } => {
                 out.push(17);
                 out.extend(node.to_le_bytes());
@@ -399,6 +405,8 @@ impl<const W: usize> Message<W> {
                 };
                 GivenBlock { page, content }
             }
+            34 => Alone { page },
+            35 => Settled { page },
             15 => Demoted { page, changes: r.changes()? },
             18 => {
                 let (lost, f) = (r.u16()?, r.u8()?);
@@ -464,7 +472,7 @@ impl<const W: usize> Message<W> {
             Get { page, .. } | Fetch { page, .. } | Data { page, .. } | Grant { page, .. } | Invalidate { page, .. } => Some(page),
             InvalidateRun { page, .. } | InvalidateAckRun { page, .. } => Some(page),
             InvalidateAck { page } | Done { page, .. } | Promote { page, .. } | Replica { page, .. } | Demote { page } => Some(page),
-            Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
+            Settled { page } | Alone { page } | Drop { page } | Dropped { page, .. } | Demoted { page, .. } | Retry { page, .. } | Gone { page } => Some(page),
             Recall { page, .. } | Kept { page, .. } | Evict { page, .. } | FetchRun { page, .. } | DataRun { page, .. } => Some(page),
             Ask { page, .. } | Given { page, .. } | AskBlock { page, .. } | GivenBlock { page, .. } | FetchBlock { page } => Some(page),
             Merge { .. } | Merged { .. } | NodeLost { .. } | Free { .. } | Freed { .. } | Machine(_) => None,
@@ -608,6 +616,8 @@ mod tests {
             Drop { page: 4 },
             Dropped { page: 4, changes: vec![] },
             Demoted { page: 4, changes: vec![change] },
+            Alone { page: 4 },
+            Settled { page: 4 },
             NodeLost { node: 515 },
             Retry { page: 4, lost: 2, write: true, table: true },
             Gone { page: 4 },

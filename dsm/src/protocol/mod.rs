@@ -55,6 +55,8 @@ pub enum Bug {
     NoReachability,
     /// A replica that is to rest is compared before it can be written to no more, not after.
     RestBeforeFreeze,
+    /// Who gives up a replica of what is a table no more doesn't wait until all others have.
+    SettledNotAwaited,
     /// An owner reads the page it sends before it is frozen, not after.
     SendBeforeFreeze,
     /// Home serves the next request without waiting for the Done of the one before.

@@ -5,7 +5,8 @@
 //! would fault. That fault ends its rest and is over at once, without a message; but it costs as much as some hundred
 //! comparisons. So a replica rests after so many flushes without a change that comparing it has cost as much, and has to
 //! wait twice as long each time it turned out that its rest was not worth it. A table that is always walked is hardly ever
-//! protected; one that is not costs nothing.
+//! protected; one that is not costs nothing. After a long rest it is given up: nobody has to be told of changes to a table
+//! that only others walk, and if that is one node alone, it is no replica any more.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,8 @@ pub struct Patience {
     pub first: u32,
     /// After many rests that were too short.
     pub most: u32,
+    /// Flushes and merges during a rest after which the replica is given up. With 0 none ever is.
+    pub leave: u32,
 }
 
 /// How a replica came to rest, or is on its way to it.
@@ -27,11 +30,13 @@ pub(super) struct Rest {
     needed: u32,
     /// It rests: the number of the flush at which that began.
     since: Option<u64>,
+    /// The number of the flush at which it began, or at which it was last found that it has to stay.
+    looked_at: u64,
 }
 
 impl Rest {
     pub fn new(patience: Patience) -> Self {
-        Rest { unchanged: 0, needed: patience.first, since: None }
+        Rest { unchanged: 0, needed: patience.first, since: None, looked_at: 0 }
     }
 
     pub fn is_resting(&self) -> bool {
@@ -48,13 +53,23 @@ impl Rest {
         self.unchanged = if changed { 0 } else { self.unchanged.saturating_add(1).min(self.needed) };
     }
 
-    /// It rests from flush number `flush` on.
-    pub fn begin(&mut self, flush: u64) {
-        (self.unchanged, self.since) = (0, Some(flush));
+    /// Since when it might leave, if it rests.
+    pub fn queued(&self) -> Option<u64> {
+        self.since.map(|_| self.looked_at)
     }
 
-    /// Its rest is over at flush number `flush`: for somebody here who walks or writes it (`touched`), or because another
-    /// node changed it. Whether it rested.
+    /// It has to stay at flush number `flush`.
+    pub fn stay(&mut self, flush: u64) {
+        self.looked_at = flush;
+    }
+
+    /// It rests from flush number `flush` on.
+    pub fn begin(&mut self, flush: u64) {
+        (self.unchanged, self.since, self.looked_at) = (0, Some(flush), flush);
+    }
+
+    /// Its rest is over at flush number `flush`: for somebody here who walks or writes it (`touched`), or because it is to be a
+    /// replica no longer. Whether it rested.
     pub fn end(&mut self, flush: u64, touched: bool, patience: Patience) -> bool {
         let Some(since) = self.since.take() else { return false };
         if touched {
@@ -64,10 +79,10 @@ impl Rest {
         true
     }
 
-    /// Forgets what only counts history.
+    /// Forgets when its rest began; it is looked at in the order of `since`.
     #[cfg(test)]
-    pub fn forget_history(&mut self) {
-        self.since = self.since.map(|_| 0);
+    pub fn forget_history(&mut self, since: u64) {
+        (self.since, self.looked_at) = (self.since.map(|_| 0), since);
     }
 }
 
@@ -75,7 +90,7 @@ impl Rest {
 mod tests {
     use super::*;
 
-    const PATIENCE: Patience = Patience { first: 3, most: 10 };
+    const PATIENCE: Patience = Patience { first: 3, most: 10, leave: 0 };
 
     fn rested(rest: &mut Rest, flush: u64) -> u32 {
         let mut flushes = 0;

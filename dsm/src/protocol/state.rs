@@ -6,7 +6,7 @@ use super::engine::{Access, Engine};
 use super::geometry::Geometry;
 
 /// Version of [`EngineState`].
-const VERSION: u32 = 9;
+const VERSION: u32 = 10;
 
 /// All that one node's engine knows, requests under way and messages held back included. The messages
 /// between the nodes are not in it: a snapshot is taken when none is on its way.

@@ -21,16 +21,21 @@ pub struct Replica<const W: usize> {
     /// The content at the last merge.
     #[serde(with = "words")]
     pub twin: Box<PageData<W>>,
-    /// Asked home to take it back; it no longer counts as anybody's parent.
+    /// Asked home to make this node its owner; it no longer counts as anybody's parent.
     pub leaving: bool,
     /// A changed word cannot stand in a table of this level: the page is something else now.
     pub implausible: bool,
+    /// No other node holds one.
+    pub alone: bool,
     pub rest: Rest,
 }
 
 /// The order of comparing, and of finding out what is no table any more: highest level first, so that whoever sees a new
 /// link sees what it points to.
 type ByLevel = BTreeSet<(Reverse<u8>, u32)>;
+
+/// Most replicas that are looked at to find one that may leave.
+const LOOKED_AT: usize = 8;
 
 /// What points to a page.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -50,7 +55,9 @@ pub struct Tables<const W: usize> {
     active: ByLevel,
     /// Replicas of which something has changed that tells whether they are tables.
     suspects: ByLevel,
-    /// Flushes so far.
+    /// Replicas at rest that are not leaving, by [`Rest::queued`].
+    resting: BTreeSet<(u64, u32)>,
+    /// Flushes and merges so far.
     flushes: u64,
     patience: Patience,
     links: BTreeMap<u32, Link>,
@@ -66,6 +73,7 @@ impl<const W: usize> Tables<W> {
             replicas: BTreeMap::new(),
             active: BTreeSet::new(),
             suspects: BTreeSet::new(),
+            resting: BTreeSet::new(),
             flushes: 0,
             patience: Patience::default(),
             links: BTreeMap::new(),
@@ -88,6 +96,7 @@ impl<const W: usize> Tables<W> {
         self.replicas.keys().chain(self.links.keys()).chain(&self.roots).all(|page| *page < pages)
             && self.active == self.replicas.iter().filter(|(_, (_, r))| !r.leaving && !r.rest.is_resting()).map(key).collect()
             && self.suspects.is_subset(&self.replicas.iter().map(key).collect())
+            && self.resting == self.replicas.iter().filter_map(|(page, (_, r))| Some((r.rest.queued().filter(|_| !r.leaving)?, *page))).collect()
             && self.replicas.values().all(|(level, _)| (1..=pte::ROOT_LEVEL).contains(level))
             && self.image.start <= self.image.end
             && self.image.end <= pages
@@ -140,9 +149,13 @@ impl<const W: usize> Tables<W> {
         self.replicas.len()
     }
 
-    /// A flush begins: the pages it has to compare, parents before children.
-    pub fn begin_flush(&mut self) -> Vec<u32> {
+    /// A flush, or a merge from elsewhere.
+    pub fn tick(&mut self) {
         self.flushes = self.flushes.saturating_add(1);
+    }
+
+    /// The pages a flush has to compare, parents before children.
+    pub fn active(&self) -> Vec<u32> {
         self.active.iter().map(|&(_, page)| page).collect()
     }
 
@@ -162,14 +175,16 @@ impl<const W: usize> Tables<W> {
     pub fn rest(&mut self, page: u32) {
         if let Some((level, replica)) = self.replicas.get_mut(&page) {
             replica.rest.begin(self.flushes);
+            self.resting.insert((self.flushes, page));
             self.active.remove(&(Reverse(*level), page));
         }
     }
 
-    /// A replica rests no longer, since it is `touched` here or changed by another node; whether it did, in which case it
+    /// A replica rests no longer, since it is `touched` here or is to be none any more; whether it did, in which case it
     /// has to be made writable.
     pub fn rouse(&mut self, page: u32, touched: bool) -> bool {
         let Some((level, replica)) = self.replicas.get_mut(&page) else { return false };
+        replica.rest.queued().map(|at| self.resting.remove(&(at, page)));
         let rested = replica.rest.end(self.flushes, touched, self.patience);
         if rested && !replica.leaving {
             self.active.insert((Reverse(*level), page));
@@ -185,8 +200,36 @@ impl<const W: usize> Tables<W> {
         })
     }
 
+    /// A replica that has rested for so long that it may be given up, and is the last of its branch here: what hangs below
+    /// one that is held is known to be a table by that. Roots stay, since other roots are compared with the image's.
+    pub fn take_leaver(&mut self, geometry: &Geometry) -> Option<u32> {
+        for _ in 0..LOOKED_AT {
+            let &(at, page) = self.resting.first()?;
+            if self.patience.leave == 0 || self.flushes.saturating_sub(at) < u64::from(self.patience.leave) {
+                return None;
+            }
+            let (level, replica) = self.replicas.get(&page)?;
+            let mut children = replica.twin.iter().filter_map(|entry| geometry.page_of_frame(pte::child_frame(*entry, *level)?));
+            if *level < pte::ROOT_LEVEL && !children.any(|child| self.replicas.contains_key(&child)) {
+                return Some(page);
+            }
+            // After as long again.
+            self.resting.remove(&(at, page));
+            self.resting.insert((self.flushes, page));
+            self.replicas.get_mut(&page)?.1.rest.stay(self.flushes);
+        }
+        None
+    }
+
+    /// Nobody else holds a replica of `page` any more: it need be none.
+    pub fn set_alone(&mut self, page: u32) {
+        if let Some((level, replica)) = self.replicas.get_mut(&page) {
+            replica.alone = true;
+            self.suspects.insert((Reverse(*level), page));
+        }
+    }
+
     /// Whether a replica rests.
-    #[cfg(test)]
     pub fn is_resting(&self, page: u32) -> bool {
         self.replicas.get(&page).is_some_and(|(_, replica)| replica.rest.is_resting())
     }
@@ -196,11 +239,15 @@ impl<const W: usize> Tables<W> {
         self.replicas.values().filter(|(_, replica)| replica.rest.is_resting()).count()
     }
 
-    /// Forgets what only counts history.
+    /// Forgets what only counts history: of the rests their order is left.
     #[cfg(test)]
     pub fn forget_history(&mut self) {
-        self.flushes = 0;
-        self.replicas.values_mut().for_each(|(_, replica)| replica.rest.forget_history());
+        self.replicas.values_mut().for_each(|(_, replica)| replica.rest.forget_history(0));
+        self.resting = self.resting.iter().zip(0..).map(|((_, page), order)| (order, *page)).collect();
+        self.flushes = self.resting.len() as u64;
+        for (order, page) in &self.resting {
+            self.replicas.get_mut(page).expect("held").1.rest.forget_history(*order);
+        }
     }
 
     /// A replica of `page` is held from now on.
@@ -211,7 +258,7 @@ impl<const W: usize> Tables<W> {
         self.active.insert((Reverse(level), page));
         self.suspects.insert((Reverse(level), page));
         let rest = Rest::new(self.patience);
-        self.replicas.insert(page, (level, Replica { twin, leaving: false, implausible: false, rest }));
+        self.replicas.insert(page, (level, Replica { twin, leaving: false, implausible: false, alone: false, rest }));
     }
 
     /// The replica of `page` is held no longer; returns its twin.
@@ -219,6 +266,7 @@ impl<const W: usize> Tables<W> {
         let (level, replica) = self.replicas.remove(&page)?;
         self.active.remove(&(Reverse(level), page));
         self.suspects.remove(&(Reverse(level), page));
+        replica.rest.queued().map(|at| self.resting.remove(&(at, page)));
         if !replica.leaving {
             for (word, &entry) in replica.twin.iter().enumerate() {
                 self.unlink(geometry, (page, word), level, entry);
@@ -263,6 +311,7 @@ impl<const W: usize> Tables<W> {
             let level = *level;
             let (_, replica) = self.replicas.get_mut(&page).expect("held");
             replica.leaving = true;
+            replica.rest.queued().map(|at| self.resting.remove(&(at, page)));
             self.active.remove(&(Reverse(level), page));
             for (word, entry) in replica.twin.clone().iter().enumerate() {
                 self.unlink(geometry, (page, word), level, *entry);
@@ -272,7 +321,11 @@ impl<const W: usize> Tables<W> {
         orphans
     }
 
+    /// Whether a replica has to go on being one.
     fn is_table(&self, page: u32, level: u8, replica: &Replica<W>) -> bool {
+        if replica.alone && level < pte::ROOT_LEVEL {
+            return false;
+        }
         if level < pte::ROOT_LEVEL {
             return self.links.get(&page).is_some_and(|l| !l.mixed && l.level == level);
         }
@@ -370,26 +423,26 @@ mod tests {
         let is_due = |t: &Tables<2>, page| t.replica(page).is_some_and(|(_, replica)| replica.rest.is_due());
         let g = geometry();
         let mut t = Tables::<2>::new(1..2);
-        t.set_patience(Patience { first: 2, most: 8 });
+        t.set_patience(Patience { first: 2, most: 8, leave: 0 });
         t.insert(&g, 1, 4, Box::new([entry(2), 0]));
         t.insert(&g, 2, 3, Box::new([entry(3), 0]));
         t.insert(&g, 3, 2, Box::new([0, 0]));
         assert!(t.take_orphans(&g).is_empty());
         for _ in 0..2 {
-            assert_eq!(t.begin_flush(), [1, 2, 3]);
+            assert_eq!(t.active(), [1, 2, 3]);
             assert!(!is_due(&t, 3));
             t.compared(3, false);
         }
         assert!(is_due(&t, 3) && !is_due(&t, 2));
         t.rest(3);
-        assert_eq!((t.begin_flush(), t.resting(), t.len()), (vec![1, 2], 1, 3));
+        assert_eq!((t.active(), t.resting(), t.len()), (vec![1, 2], 1, 3));
         assert!(t.rouse(3, true) && !t.rouse(3, true));
-        assert_eq!(t.begin_flush(), [1, 2, 3]);
+        assert_eq!(t.active(), [1, 2, 3]);
         t.rest(3);
         t.set_word(&g, 2, 0, 0);
         assert_eq!(t.take_orphans(&g), [3]);
         assert!(t.rouse(3, true), "its next user makes it writable");
-        assert_eq!(t.begin_flush(), [1, 2], "what is leaving is not compared");
+        assert_eq!(t.active(), [1, 2], "what is leaving is not compared");
     }
 
     #[test]
@@ -402,5 +455,55 @@ mod tests {
         assert_eq!(t.take_orphans(&g), [3]);
         t.set_word(&g, 2, 1, entry(1));
         assert!(t.take_orphans(&g).is_empty(), "the image's root stays, whatever points to it");
+    }
+
+    #[test]
+    fn what_has_rested_for_long_leaves_from_below_and_roots_stay() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(0..0);
+        t.set_patience(Patience { first: 1, most: 1, leave: 3 });
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        t.insert(&g, 2, 3, Box::new([entry(3), 0]));
+        t.insert(&g, 3, 2, Box::new([0, 0]));
+        (1..4).for_each(|page| t.rest(page));
+        let mut left = Vec::new();
+        for _ in 0..40 {
+            t.tick();
+            if let Some(page) = t.take_leaver(&g) {
+                left.push(page);
+                t.remove(&g, page);
+            }
+            assert!(t.fits(&g));
+        }
+        assert_eq!((left, t.len()), (vec![3, 2], 1));
+    }
+
+    #[test]
+    fn a_replica_that_is_touched_does_not_leave() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(0..0);
+        t.set_patience(Patience { first: 1, most: 1, leave: 3 });
+        t.insert(&g, 3, 2, Box::new([0, 0]));
+        t.rest(3);
+        for _ in 0..3 {
+            (0..2).for_each(|_| t.tick());
+            assert_eq!(t.take_leaver(&g), None);
+            assert!(t.rouse(3, true));
+            t.rest(3);
+        }
+        (0..3).for_each(|_| t.tick());
+        assert_eq!(t.take_leaver(&g), Some(3));
+    }
+
+    #[test]
+    fn a_replica_nobody_else_holds_is_given_back_once() {
+        let g = geometry();
+        let mut t = Tables::<2>::new(1..2);
+        t.insert(&g, 1, 4, Box::new([entry(2), 0]));
+        t.insert(&g, 2, 3, Box::new([0, 0]));
+        assert!(t.take_orphans(&g).is_empty());
+        t.set_alone(2);
+        assert_eq!((t.take_orphans(&g), t.take_orphans(&g)), (vec![2], vec![]));
+        assert_eq!(t.level(2), Some(3), "it is a table still");
     }
 }

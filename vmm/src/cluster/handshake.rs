@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::secret::{Secret, random_bytes};
 
 /// Version of everything that nodes and front ends say to each other.
-pub const PROTOCOL_VERSION: u16 = 11;
+pub const PROTOCOL_VERSION: u16 = 12;
 /// A handshake that takes longer is dropped, however slowly its bytes trickle in.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// First bytes of either side.

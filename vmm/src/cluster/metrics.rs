@@ -75,7 +75,7 @@ type Count = (&'static str, &'static str, Figure);
 /// Where a number is in what a node tells.
 type Figure = fn(&Told) -> Option<u64>;
 
-const COUNTERS: [Count; 18] = [
+const COUNTERS: [Count; 19] = [
     ("krg_pages_in", "Pages that came from other nodes", |told| told.pages_in),
     ("krg_pages_out", "Pages that went to other nodes", |told| told.pages_out),
     ("krg_messages_sent", "Messages to other nodes", |told| told.messages_out),
@@ -85,9 +85,10 @@ const COUNTERS: [Count; 18] = [
     ("krg_page_table_compared", "Replicated page tables compared", |told| told.pages_compared),
     ("krg_page_table_rests", "Replicated page tables that came to rest, and are not compared", |told| told.rests),
     ("krg_page_table_rests_ended", "Resting page tables that were walked or written again", |told| told.rests_ended),
+    ("krg_page_table_departures", "Replicated page tables given up after a long rest", |told| told.departures),
     ("krg_page_table_words_merged", "Changed words of replicated page tables sent", |told| told.words_merged),
     ("krg_page_table_promotions", "Pages that became replicated page tables", |told| told.promotions),
-    ("krg_page_table_demotions", "Replicated page tables taken back, as they are tables no longer", |told| told.demotions),
+    ("krg_page_table_demotions", "Replicated page tables taken back, as they are tables no longer or nobody else has one", |told| told.demotions),
     ("krg_page_table_conflicts", "Words two nodes had changed differently since the last merge", |told| told.conflicts),
     ("krg_evictions", "Copies of other nodes' pages given up for room", |told| told.evictions),
     ("krg_vcpu_exits", "Exits of vCPUs from KVM", |told| told.exits),

@@ -81,11 +81,13 @@ pub struct Told {
     pub rests: Option<u64>,
     /// Of these, those that were walked or written again.
     pub rests_ended: Option<u64>,
+    /// And those that were given up after a long rest.
+    pub departures: Option<u64>,
     /// Changed words of replicas that were sent.
     pub words_merged: Option<u64>,
     /// Pages that became replicated tables while the node owned them.
     pub promotions: Option<u64>,
-    /// Replicas that the node asked to take back, as they are tables no longer.
+    /// Replicas that the node asked to take back, as they are tables no longer or nobody else has one.
     pub demotions: Option<u64>,
     /// Words that two nodes had changed differently since the last merge.
     pub conflicts: Option<u64>,
@@ -199,6 +201,7 @@ impl Told {
             pages_compared: dsm("pages_compared"),
             rests: dsm("rests"),
             rests_ended: dsm("rests_ended"),
+            departures: dsm("departures"),
             words_merged: dsm("words_merged"),
             promotions: dsm("promotions"),
             demotions: dsm("demotions"),

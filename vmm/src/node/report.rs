@@ -71,10 +71,10 @@ fn figures(spec: &NodeSpec, machine: &Machine, dsm: Option<&Dsm>, event: &str) -
         line += &format!(
             "; faults: {} read, {} write, {} upgrade ({} of them zero pages, {} neighbours taken along), {} stale; pages {} in {} out; {} messages, {} KiB sent; \
              page tables: {} replicated, {} of them at rest, {} promoted, {} demoted, {} words merged in {} flushes of {} pages compared, {} conflicts, \
-             {} came to rest, {} of them were used again",
+             {} came to rest, {} of them were used again, {} given up",
             c.read_faults, c.write_faults, c.upgrade_faults, c.zero_grants, c.zero_neighbours, c.stale_faults, c.pages_in, c.pages_out,
             messages, bytes >> 10, replicas.held, replicas.resting, c.promotions, c.demotions, c.words_merged, c.flushes, c.pages_compared,
-            c.conflicts, c.rests, c.rests_ended
+            c.conflicts, c.rests, c.rests_ended, c.departures
         );
         let blocks = dsm.map(Dsm::blocks).unwrap_or_default();
         line += &format!(

@@ -226,12 +226,15 @@ fn replicated_tables_are_in_place_when_they_are_told_of() {
     );
 }
 
-/// Every table is protected as soon as a flush finds it unchanged, whatever that costs.
+/// Every table is protected as soon as a flush finds it unchanged, whatever that costs, and given up soon after.
 #[test]
-fn tables_that_always_come_to_rest_are_in_place_when_they_are_told_of() {
-    let restless = Patience { first: 1, most: 1 };
-    let counters = map_and_reuse(Plan { tables_rest: restless, ..plan(2, 2) }).unwrap();
-    assert!(counters.rests > 100 && counters.rests_ended > 0, "hardly any table rested: {counters:?}");
+fn tables_that_always_come_to_rest_and_leave_are_in_place_when_they_are_told_of() {
+    for leave in [0, 4] {
+        let restless = Patience { first: 1, most: 1, leave };
+        let counters = map_and_reuse(Plan { tables_rest: restless, ..plan(2, 2) }).unwrap();
+        assert!(counters.rests > 100 && counters.rests_ended > 0, "hardly any table rested: {counters:?}");
+        assert!((counters.departures > 0) == (leave > 0), "{counters:?}");
+    }
 }
 
 #[test]

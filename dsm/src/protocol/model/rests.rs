@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::super::{Bug, Engine, Geometry, Input, Memory, Message, Output, PageData, Patience, pte};
+use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, Output, PageData, Patience, pte};
 use super::scenarios::{FLAG, NEW, PATH, ROOT, TABLE, TABLE_HOMES, UPPER, cold, counted, holds, is_caught, published, require, warmed};
 use super::world::{Cpu, Op, W, World};
 
@@ -16,13 +16,22 @@ fn rested(homes: &[u32], programs: &[&[Op]]) -> World {
     world
 }
 
+/// The same, and the same with tables that leave at the next flush or merge.
+fn rested_and_leaving(homes: &[u32], programs: &[&[Op]]) -> [World; 2] {
+    let mut leaving = rested(homes, programs);
+    leaving.leave_at_once();
+    [rested(homes, programs), leaving]
+}
+
 #[test]
 fn a_change_of_a_table_at_rest_is_in_place_before_what_tells_of_it() {
     for homes in TABLE_HOMES {
         let by_page: [&[Op]; 2] = [&[Store(TABLE, 1, NEW), Store(FLAG, 0, 1)], &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]];
         let by_interrupt: [&[Op]; 2] = [&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Walk(ROOT, PATH)]];
         for programs in [by_page, by_interrupt] {
-            holds("change of a resting table", rested(homes, &programs), 2, published);
+            for world in rested_and_leaving(homes, &programs) {
+                holds("change of a resting table", world, 2, published);
+            }
         }
     }
 }
@@ -35,37 +44,40 @@ const CHANGED_AS_IT_RESTS: &[Op] =
 #[test]
 fn a_table_that_changes_as_it_comes_to_rest_is_no_less_coherent() {
     for homes in TABLE_HOMES {
-        let world = rested(homes, &[CHANGED_AS_IT_RESTS, &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]]);
-        holds("a table that comes to rest", world, 2, published);
+        for world in rested_and_leaving(homes, &[CHANGED_AS_IT_RESTS, &[Wait(FLAG, 0, 1), Walk(ROOT, PATH)]]) {
+            holds("a table that comes to rest", world, 2, published);
+        }
     }
 }
 
 #[test]
 fn a_change_reaches_a_resting_table_of_a_third_node() {
     for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
             &[&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Interrupt(2)], &[AwaitInterrupt, Walk(ROOT, PATH)]],
-        );
-        holds("change of a resting table through a third node", world, 1, published);
+        ) {
+            holds("change of a resting table through a third node", world, 1, published);
+        }
     }
 }
 
 #[test]
 fn both_nodes_may_write_one_table_that_rests() {
     for homes in TABLE_HOMES {
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
             &[
                 &[Store(TABLE, 1, NEW), Store(FLAG, 0, 1), Wait(FLAG, 1, 1), Load(TABLE, 2)],
                 &[Store(TABLE, 2, NEW), Wait(FLAG, 0, 1), Store(FLAG, 1, 1), Load(TABLE, 1)],
             ],
-        );
-        holds("two writers of one resting table", world, 1, |w| {
-            let clean = |v: u64| v & !(pte::ACCESSED | pte::DIRTY);
-            let (a, b) = (clean(w.cpus[0].results[1]), clean(w.cpus[1].results[1]));
-            require(a == NEW && b == NEW, || format!("{a:#x} {b:#x}"))
-        });
+        ) {
+            holds("two writers of one resting table", world, 1, |w| {
+                let clean = |v: u64| v & !(pte::ACCESSED | pte::DIRTY);
+                let (a, b) = (clean(w.cpus[0].results[1]), clean(w.cpus[1].results[1]));
+                require(a == NEW && b == NEW, || format!("{a:#x} {b:#x}"))
+            });
+        }
     }
 }
 
@@ -83,7 +95,9 @@ fn a_resting_table_freed_and_reused_as_data_has_one_writer_again() {
             &[Wait(FLAG, 0, 1), Store(TABLE, 0, 0), Store(FLAG, 1, 1), Increment(TABLE, 3)],
         ];
         for programs in [here, there] {
-            holds("resting table reused as data", rested(homes, &programs), 1, counted);
+            for world in rested_and_leaving(homes, &programs) {
+                holds("resting table reused as data", world, 1, counted);
+            }
         }
     }
 }
@@ -91,17 +105,18 @@ fn a_resting_table_freed_and_reused_as_data_has_one_writer_again() {
 #[test]
 fn what_was_written_to_a_freed_table_that_rested_is_kept() {
     for homes in TABLE_HOMES {
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
             &[
                 &[Store(UPPER, 0, 0), Store(TABLE, 1, 8), Interrupt(1), Load(TABLE, 1)],
                 &[Interrupt(0), AwaitInterrupt, Load(TABLE, 1)],
             ],
-        );
-        holds("a freed resting table's data", world, 1, |w| {
-            let last: Vec<_> = w.cpus.iter().filter_map(|cpu| cpu.results.last().copied()).collect();
-            require(last == [8, 8] && w.value(TABLE, 1) == 8, || format!("{last:?}"))
-        });
+        ) {
+            holds("a freed resting table's data", world, 1, |w| {
+                let last: Vec<_> = w.cpus.iter().filter_map(|cpu| cpu.results.last().copied()).collect();
+                require(last == [8, 8] && w.value(TABLE, 1) == 8, || format!("{last:?}"))
+            });
+        }
     }
 }
 
@@ -109,28 +124,30 @@ fn what_was_written_to_a_freed_table_that_rested_is_kept() {
 fn one_word_of_a_resting_table_changed_by_two_nodes_falls_back_to_one_writer() {
     for homes in TABLE_HOMES {
         let other = NEW + 0x1000;
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
             &[&[Store(TABLE, 1, NEW), Interrupt(1), AwaitInterrupt], &[Store(TABLE, 1, other), Interrupt(0), AwaitInterrupt]],
-        );
-        holds("a conflict in a resting table", world, 1, |w| {
-            let v = w.value(TABLE, 1) & !(pte::ACCESSED | pte::DIRTY);
-            require(v == NEW || v == other, || format!("{v:#x}"))
-        });
+        ) {
+            holds("a conflict in a resting table", world, 1, |w| {
+                let v = w.value(TABLE, 1) & !(pte::ACCESSED | pte::DIRTY);
+                require(v == NEW || v == other, || format!("{v:#x}"))
+            });
+        }
     }
 }
 
 #[test]
 fn resting_tables_and_pages_together_buffer_no_stores() {
     for homes in TABLE_HOMES {
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
             &[&[Store(TABLE, 1, NEW), Load(FLAG, 0)], &[Load(FLAG, 0), Store(FLAG, 0, 1), Walk(ROOT, PATH)]],
-        );
-        holds("store buffering with a resting table", world, 2, |w| {
-            let (a, b) = (w.cpus[0].results[1], w.cpus[1].results[2]);
-            require(a == 1 || b == NEW, || format!("load {a}, walk {b:#x}"))
-        });
+        ) {
+            holds("store buffering with a resting table", world, 2, |w| {
+                let (a, b) = (w.cpus[0].results[1], w.cpus[1].results[2]);
+                require(a == 1 || b == NEW, || format!("load {a}, walk {b:#x}"))
+            });
+        }
     }
 }
 
@@ -138,28 +155,80 @@ fn resting_tables_and_pages_together_buffer_no_stores() {
 #[test]
 fn two_cpus_of_a_node_rouse_one_table() {
     for homes in TABLE_HOMES {
-        let mut world = rested(homes, &[&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Walk(ROOT, PATH), Interrupt(2)]]);
-        world.cpus.push(Cpu::new(1, &[Store(TABLE, 2, NEW), AwaitInterrupt, Walk(ROOT, PATH)]));
-        holds("two CPUs and a resting table", world, 1, published);
+        for mut world in rested_and_leaving(homes, &[&[Store(TABLE, 1, NEW), Interrupt(1)], &[AwaitInterrupt, Walk(ROOT, PATH), Interrupt(2)]]) {
+            world.cpus.push(Cpu::new(1, &[Store(TABLE, 2, NEW), AwaitInterrupt, Walk(ROOT, PATH)]));
+            holds("two CPUs and a resting table", world, 1, published);
+        }
     }
 }
 
-/// Nothing is replicated at the start; what becomes so rests at the first chance.
+/// Nothing is replicated at the start; what becomes so rests at the first chance, and leaves.
 #[test]
 fn cold_tables_that_rest_at_once_are_replicated_on_demand_under_every_order() {
-    let mut world = cold(&[2, 3]);
-    world.rest_at_once();
-    holds("cold tables that rest", world, 1, published);
+    for leave in [false, true] {
+        let mut world = cold(&[2, 3]);
+        if leave { world.leave_at_once() } else { world.rest_at_once() }
+        holds("cold tables that rest", world, 1, published);
+    }
+}
+
+/// Each node gives up what it has not used, unless the other was first, who need not compare it then.
+#[test]
+fn tables_that_nobody_walks_are_replicated_no_more() {
+    for homes in TABLE_HOMES {
+        let programs: [&[Op]; 2] = [&[Interrupt(1); 6], &[Interrupt(0); 6]];
+        let mut world = rested(homes, &programs);
+        world.leave_at_once();
+        holds("tables given up", world, 0, |w| {
+            let replicas = [TABLE, UPPER].map(|page| w.engines.iter().filter(|engine| engine.access(page) == Access::Replicated).count());
+            // One that is alone with it gives it back at its next flush, of which there may be none.
+            require(replicas.iter().all(|count| *count < 2), || format!("replicas of the tables: {replicas:?}"))
+        });
+    }
+}
+
+/// Node 1 gives the table up and asks for it as data, while node 0 unlinks it and wants to own it, and node 2 holds it still.
+#[test]
+fn a_table_that_one_of_three_gave_up_is_reused_as_data() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        let programs: [&[Op]; 3] = [
+            &[Store(UPPER, 0, 0), Interrupt(1), Increment(TABLE, 3)],
+            &[Interrupt(2), AwaitInterrupt, Increment(TABLE, 3)],
+            &[AwaitInterrupt, Interrupt(0), Walk(ROOT, PATH)],
+        ];
+        for world in std::iter::once(warmed(homes, &programs)).chain(rested_and_leaving(homes, &programs)) {
+            holds("a table given up by one of three, reused", world, 0, counted);
+        }
+    }
+}
+
+/// The same node gives it up, is told of a change, and walks it again, while another is told that it is alone.
+#[test]
+fn a_table_that_was_given_up_is_walked_again() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        let programs: [&[Op]; 3] = [
+            &[Store(TABLE, 1, NEW), Interrupt(1), Store(TABLE, 2, NEW), Store(FLAG, 0, 1)],
+            &[Interrupt(2), AwaitInterrupt, Walk(ROOT, PATH), Interrupt(2)],
+            &[AwaitInterrupt, AwaitInterrupt, Wait(FLAG, 0, 1), Load(TABLE, 2), Walk(ROOT, PATH)],
+        ];
+        for world in rested_and_leaving(homes, &programs) {
+            holds("a table given up and walked again", world, 0, |w| {
+                let found = [w.cpus[1].results[1], w.cpus[2].results[1], w.cpus[2].results[2]].map(|v| v & !(pte::ACCESSED | pte::DIRTY));
+                require(found == [NEW; 3], || format!("{found:x?}"))
+            });
+        }
+    }
 }
 
 #[test]
 fn the_loss_of_a_node_leaves_nobody_waiting_for_a_table_that_rests() {
     for homes in [&[5, 0, 0][..], &[0, 5, 0]] {
-        let world = rested(
+        for world in rested_and_leaving(
             homes,
-            &[&[Store(TABLE, 1, NEW), Interrupt(2)], &[Store(TABLE, 2, NEW)], &[Walk(ROOT, PATH)]],
-        );
-        holds("a resting table and a loss", world.losing(&[1, 2]), 0, |_| Ok(()));
+            &[&[Store(TABLE, 1, NEW), Interrupt(2)], &[Interrupt(0), Store(TABLE, 2, NEW)], &[Interrupt(1), Walk(ROOT, PATH)]],
+        ) {
+            holds("a resting table and a loss", world.losing(&[1, 2]), 0, |_| Ok(()));
+        }
     }
 }
 
@@ -202,7 +271,7 @@ fn resting_of(replicas: u32, huge: bool) -> usize {
     // Roots of the kernel image need no parents.
     let mut engine: Engine<W> = Engine::new(1, geometry, &[], 0..32, true);
     engine.take_zeros_by(1, 32);
-    engine.rest_after(Patience { first: 2, most: 4 });
+    engine.rest_after(Patience { first: 2, most: 4, leave: 0 });
     let (mut memory, mut out) = (Mappings { huge }, Output::default());
     let mut step = |engine: &mut Engine<W>, input| engine.step(input, &mut memory, &mut out).unwrap();
     for page in 0..replicas {

@@ -587,6 +587,51 @@ fn what_was_written_to_a_freed_table_before_it_was_found_out_is_kept() {
     }
 }
 
+/// Node 0 tells node 2 of what it wrote to a table it had unlinked; the home of that may be a third node.
+fn told_of_a_freed_table(homes: &[u32]) -> World {
+    let programs: [&[Op]; 3] = [&[Store(UPPER, 0, 0), Store(TABLE, 3, 5), Interrupt(2)], &[], &[AwaitInterrupt, Load(TABLE, 3)]];
+    warmed(homes, &programs)
+}
+
+fn told(w: &World) -> Result<(), String> {
+    let last = w.cpus[2].results.last().copied();
+    require(last == Some(5), || format!("node 2 found {last:?}"))
+}
+
+#[test]
+fn a_third_node_finds_what_was_written_to_a_freed_table() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        holds("told of a freed table", told_of_a_freed_table(homes), 1, told);
+    }
+}
+
+#[test]
+fn a_loss_while_a_freed_table_is_given_up_leaves_nobody_waiting() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        holds("a freed table and a loss", told_of_a_freed_table(homes).losing(&[0, 1, 2]), 0, |_| Ok(()));
+    }
+}
+
+#[test]
+fn telling_of_a_freed_table_that_others_still_hold_is_caught() {
+    is_caught("settled not awaited", told_of_a_freed_table(&[0, 5, 0]), Bug::SettledNotAwaited, 0, told);
+}
+
+/// All three nodes count in what one of them unlinked, told by it or by each other.
+#[test]
+fn three_nodes_reuse_a_freed_table_as_data() {
+    for homes in [&[5, 0, 0][..], &[0, 5, 0], &[0, 0, 5]] {
+        let programs: [&[Op]; 3] = [
+            &[Store(UPPER, 0, 0), Interrupt(1), Increment(TABLE, 3)],
+            &[Interrupt(2), AwaitInterrupt, Increment(TABLE, 3), Interrupt(2)],
+            &[AwaitInterrupt, AwaitInterrupt, Increment(TABLE, 3)],
+        ];
+        holds("three nodes reuse a table", warmed(homes, &programs), 0, |w| {
+            require(w.value(TABLE, 3) == 3, || format!("{} of 3 increments", w.value(TABLE, 3)))
+        });
+    }
+}
+
 #[test]
 fn one_word_changed_by_two_nodes_falls_back_to_one_writer() {
     for homes in TABLE_HOMES {

@@ -379,7 +379,12 @@ impl World {
 
     /// Replicas rest after one flush without a change.
     pub fn rest_at_once(&mut self) {
-        self.change(|engine| engine.rest_after(Patience { first: 1, most: 1 }));
+        self.change(|engine| engine.rest_after(Patience { first: 1, most: 1, leave: 0 }));
+    }
+
+    /// Replicas rest as soon, and are given up at the next flush or merge.
+    pub fn leave_at_once(&mut self) {
+        self.change(|engine| engine.rest_after(Patience { first: 1, most: 1, leave: 1 }));
     }
 
     /// All replicas come to rest, on every node, and do so again after one flush without a change.
