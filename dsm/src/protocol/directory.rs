@@ -117,7 +117,9 @@ impl<const W: usize> Directory<W> {
                 self.masters.contains_key(page)
                     && owner.is_none_or(|owner| node(owner) && !waiting.contains(owner))
                     && waiting.fits(nodes)
+                    && !waiting.is_empty()
                     && dropped.fits(nodes)
+                    && dropped.iter().all(|node| !waiting.contains(node))
                     && changes.iter().all(|change| change.page == *page && usize::from(change.word) < W)
             }
         };
@@ -516,7 +518,11 @@ impl<const W: usize> Engine<W> {
         changes.extend(&changed);
         if let Some(master) = self.directory.masters.get_mut(&page) {
             for change in &changed {
-                master.data[usize::from(change.word)] = change.new;
+                let word = &mut master.data[usize::from(change.word)];
+                // Bits that hardware set don't bring back what another node has changed meanwhile.
+                if *word == change.old || !pte::same_but_accessed_dirty(change.old, change.new) {
+                    *word = change.new;
+                }
             }
         }
         self.finish_demotion(from, page, memory, out)

@@ -614,6 +614,7 @@ impl<const W: usize> Engine<W> {
                 }
                 memory.protect(page);
                 let changes = self.last_changes(page, memory);
+                let changed = !changes.is_empty();
                 memory.discard(page);
                 self.access[page as usize] = Access::Invalid;
                 self.tables.remove(&self.geometry, page);
@@ -622,7 +623,7 @@ impl<const W: usize> Engine<W> {
                 if self.geometry.nodes() == 2 || self.bug == Some(Bug::SettledNotAwaited) {
                     // What leaves now comes behind the Dropped.
                     self.fence_demoted(page, out);
-                } else {
+                } else if changed {
                     self.fence.await_demotion(page);
                 }
             }
@@ -643,8 +644,9 @@ impl<const W: usize> Engine<W> {
                 if from != self.geometry.home(page) {
                     return bad("Alone", page);
                 }
-                // The next flush gives it back.
                 self.tables.set_alone(page);
+                // Gives it back.
+                self.flush(memory, out);
             }
             Message::NodeLost { node } => {
                 if node == self.me || node == from || usize::from(node) >= self.geometry.nodes() {

@@ -108,18 +108,27 @@ impl<const W: usize> Engine<W> {
         // Busy ones wait for what the others in it say.
         named.retain(|page| !self.directory.busy.contains_key(page));
         named.into_iter().for_each(|page| self.forget_lost(page));
-        let mut unheld = Vec::new();
+        let (mut unheld, mut alone) = (Vec::new(), Vec::new());
         for (&page, master) in &mut self.directory.masters {
-            if master.holders.remove(node) && master.holders.is_empty() {
-                unheld.push(page);
+            if !master.holders.remove(node) {
+                continue;
+            }
+            match (master.holders.len(), master.holders.iter().next()) {
+                (1, Some(last)) => alone.push((page, last)),
+                (_, None) => unheld.push(page),
+                _ => {}
             }
         }
+        alone.retain(|(page, _)| !self.directory.busy.contains_key(page));
         let busy: Vec<u32> = self.directory.busy.keys().copied().collect();
         for page in busy {
             self.home_lost_busy(node, page, memory, out)?;
         }
         for page in unheld {
             self.home_take_back(page, None, memory, out);
+        }
+        for (page, last) in alone {
+            self.send(last, Message::Alone { page }, memory, out);
         }
         Ok(())
     }
