@@ -12,6 +12,7 @@
 mod ahead;
 mod back;
 mod block_data;
+mod counters;
 mod directory;
 mod engine;
 mod evict;
@@ -36,7 +37,8 @@ mod write_shared;
 
 pub use ahead::MOST_AHEAD;
 pub use block_data::{BlockContent, BlockData, BlockMemory};
-pub use engine::{Access, Counters, Engine, Input, Output, ProtocolError};
+pub use counters::Counters;
+pub use engine::{Access, Engine, Input, Output, ProtocolError};
 pub use geometry::Geometry;
 pub use memory::{Memory, PageData};
 pub use message::{Change, Intent, MAX_NODES, Malformed, Message, NodeId};
