@@ -297,7 +297,7 @@ mod tests {
         step(&mut home, back(2)).unwrap();
         step(&mut home, Input::Fault { page: 3, write: false }).unwrap();
         let mut out = Output::default();
-        home.step(Input::Lost(1), &mut Quiet, &mut out).unwrap();
+        home.step(Input::Lost(1), &mut Quiet::default(), &mut out).unwrap();
         assert_eq!((out.failed, home.asked_blocks(), home.quiet()), (vec![2, 3], 0, true));
     }
 }

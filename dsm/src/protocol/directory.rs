@@ -528,7 +528,7 @@ impl<const W: usize> Engine<W> {
         self.finish_demotion(from, page, memory, out)
     }
 
-    /// A holder has given up a replica that nobody there used, unchanged. Who is left alone with one needs none.
+    /// A holder has given up a replica that nobody there used, unchanged.
     fn home_left(
         &mut self,
         from: NodeId,
@@ -542,13 +542,20 @@ impl<const W: usize> Engine<W> {
             return Err(ProtocolError { from, what: "a Dropped nobody waits for", page });
         };
         master.holders.remove(from);
-        let (count, first) = (master.holders.len(), master.holders.iter().next());
+        self.home_holder_gone(page, memory, out);
+        Ok(())
+    }
+
+    /// A holder has left, or is lost: if that was the last one, home takes the page, and who is left alone with it is told.
+    pub(super) fn home_holder_gone(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let master = self.directory.masters.get(&page).filter(|_| !self.directory.busy.contains_key(&page));
+        let Some(Master { holders, .. }) = master else { return };
+        let (count, first) = (holders.len(), holders.iter().next());
         match first {
             None => self.home_take_back(page, None, memory, out),
             Some(last) if count == 1 => self.send(last, Message::Alone { page }, memory, out),
             Some(_) => {}
         }
-        Ok(())
     }
 
     /// If nobody holds the replica any more but its new owner: the page is that node's, or goes to whoever

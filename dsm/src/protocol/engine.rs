@@ -320,9 +320,8 @@ impl<const W: usize> Engine<W> {
     fn fault(&mut self, page: u32, write: bool, memory: &mut impl Memory<W>, out: &mut Output<W>) {
         let access = self.access[page as usize];
         if access.allows(write) {
-            if write && self.tables.rouse(page, true) {
-                self.counters.rests_ended += 1;
-                return memory.unprotect(page);
+            if write && self.rouse(page, true, memory) {
+                return;
             }
             self.counters.stale_faults += 1;
             return memory.wake(page);
@@ -542,15 +541,16 @@ impl<const W: usize> Engine<W> {
             Message::Merged { id } => {
                 self.fence_merged(from, id, out);
             }
-            // It left before home asked; by now the page may be here as any other, straight from its new owner.
-            Message::Drop { page } if from == self.geometry.home(page) && self.access[page as usize] != Access::Replicated => {}
             Message::Drop { page } => {
                 if from != self.geometry.home(page) {
                     return bad("Drop", page);
                 }
-                self.flush(memory, out);
+                if self.access[page as usize] == Access::Replicated {
+                    self.flush(memory, out);
+                }
                 if self.access[page as usize] != Access::Replicated {
-                    // It has left in that flush.
+                    // It left in that flush, or before home asked; then the page may be here as any other, straight from its
+                    // new owner.
                     return Ok(());
                 }
                 memory.protect(page);

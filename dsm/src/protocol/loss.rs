@@ -108,27 +108,14 @@ impl<const W: usize> Engine<W> {
         // Busy ones wait for what the others in it say.
         named.retain(|page| !self.directory.busy.contains_key(page));
         named.into_iter().for_each(|page| self.forget_lost(page));
-        let (mut unheld, mut alone) = (Vec::new(), Vec::new());
-        for (&page, master) in &mut self.directory.masters {
-            if !master.holders.remove(node) {
-                continue;
-            }
-            match (master.holders.len(), master.holders.iter().next()) {
-                (1, Some(last)) => alone.push((page, last)),
-                (_, None) => unheld.push(page),
-                _ => {}
-            }
-        }
-        alone.retain(|(page, _)| !self.directory.busy.contains_key(page));
+        let left = self.directory.masters.iter_mut().filter_map(|(page, master)| master.holders.remove(node).then_some(*page));
+        let left: Vec<u32> = left.collect();
         let busy: Vec<u32> = self.directory.busy.keys().copied().collect();
         for page in busy {
             self.home_lost_busy(node, page, memory, out)?;
         }
-        for page in unheld {
-            self.home_take_back(page, None, memory, out);
-        }
-        for (page, last) in alone {
-            self.send(last, Message::Alone { page }, memory, out);
+        for page in left {
+            self.home_holder_gone(page, memory, out);
         }
         Ok(())
     }
@@ -302,7 +289,7 @@ mod tests {
         let hear = |node| {
             let mut engine: Engine<1> = Engine::new(0, geometry.clone(), &[], 0..0, false);
             let input = Input::Message { from: 1, message: Message::NodeLost { node } };
-            let result = engine.step(input, &mut Quiet, &mut Output::default()).map_err(|error| error.what);
+            let result = engine.step(input, &mut Quiet::default(), &mut Output::default()).map_err(|error| error.what);
             (result, engine.lost().collect::<Vec<_>>())
         };
         assert_eq!(hear(2), (Ok(()), vec![2]));

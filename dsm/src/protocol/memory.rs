@@ -107,11 +107,18 @@ pub trait Memory<const W: usize> {
 
 /// Memory without a guest, for tests in which only the engine matters.
 #[cfg(test)]
-pub(super) struct Quiet;
+#[derive(Default)]
+pub(super) struct Quiet {
+    /// All pages lie in huge mappings.
+    pub huge: bool,
+}
 
 #[cfg(test)]
 impl<const W: usize> Memory<W> for Quiet {
     fn protect(&mut self, _: u32) {}
+    fn is_in_huge_mapping(&self, _: u32) -> bool {
+        self.huge
+    }
     fn unprotect(&mut self, _: u32) {}
     fn read(&self, _: u32) -> Box<PageData<W>> {
         Box::new([0; W])

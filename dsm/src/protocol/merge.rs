@@ -126,30 +126,32 @@ impl<const W: usize> Engine<W> {
                 self.fence.await_merge(id, due);
             }
         }
-        if let Some(page) = self.tables.take_leaver(&self.geometry) {
-            self.leave(page, memory, out);
-        }
+        self.leave(memory, out);
         for page in orphans {
             self.counters.demotions += 1;
             self.fence.await_demotion(page);
-            match self.geometry.home(page) {
-                home if home == self.me => self.loopback.push_back(Message::Demote { page }),
-                home => out.sends.push((home, Message::Demote { page })),
-            }
+            self.send(self.geometry.home(page), Message::Demote { page }, memory, out);
         }
     }
 
-    /// Gives up a replica at rest: all that was changed in it here has been merged, and home has the master.
-    fn leave(&mut self, page: u32, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+    /// Gives up a replica that has rested for long: all that was changed in it here has been merged, and home has the master.
+    fn leave(&mut self, memory: &mut impl Memory<W>, out: &mut Output<W>) {
+        let Some(page) = self.tables.take_leaver(&self.geometry) else { return };
         memory.discard(page);
         self.access[page as usize] = Access::Invalid;
         self.tables.remove(&self.geometry, page);
         self.counters.departures += 1;
-        let message = Message::Dropped { page, changes: Vec::new() };
-        match self.geometry.home(page) {
-            home if home == self.me => self.loopback.push_back(message),
-            home => out.sends.push((home, message)),
+        self.send(self.geometry.home(page), Message::Dropped { page, changes: Vec::new() }, memory, out);
+    }
+
+    /// Ends the rest of a replica, for somebody here who `touched` it or because it is to be none any more; whether it rested.
+    pub(super) fn rouse(&mut self, page: u32, touched: bool, memory: &mut impl Memory<W>) -> bool {
+        let rested = self.tables.rouse(page, touched);
+        if rested {
+            self.counters.rests_ended += u64::from(touched);
+            memory.unprotect(page);
         }
+        rested
     }
 
     /// Finds the words of a replica that differ from its twin. One that has been unchanged for long comes to rest, if it
@@ -203,9 +205,7 @@ impl<const W: usize> Engine<W> {
         let (mine, held): (Vec<_>, Vec<_>) = changes.into_iter().partition(|c| self.geometry.home(c.page) == self.me);
         self.tables.tick();
         self.apply_all(&held, memory);
-        if let Some(page) = self.tables.take_leaver(&self.geometry) {
-            self.leave(page, memory, out);
-        }
+        self.leave(memory, out);
         let mut due = NodeSet::new();
         let mut relay = UNCONFIRMED;
         if !mine.is_empty() {
@@ -275,9 +275,7 @@ impl<const W: usize> Engine<W> {
             found.clear();
             memory.differences(page, &replica.twin, &mut found);
             if !found.is_empty() {
-                self.tables.rouse(page, true);
-                self.counters.rests_ended += 1;
-                memory.unprotect(page);
+                self.rouse(page, true, memory);
             }
         }
     }
@@ -301,9 +299,7 @@ impl<const W: usize> Engine<W> {
 
     /// As new single owner of a former replica: takes in what others changed last.
     pub(super) fn take_back(&mut self, page: u32, changes: &[Change], memory: &mut impl Memory<W>) {
-        if self.tables.rouse(page, false) {
-            memory.unprotect(page);
-        }
+        self.rouse(page, false, memory);
         let alone = self.tables.replica(page).is_some_and(|(_, replica)| replica.alone);
         let Some(twin) = self.tables.remove(&self.geometry, page) else { return };
         for change in changes.iter().filter(|c| c.page == page && usize::from(c.word) < W) {

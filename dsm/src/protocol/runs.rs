@@ -236,7 +236,7 @@ pub(super) mod tests {
     /// What a node sends.
     pub fn step(node: &mut Engine<1>, input: Input<1>) -> Result<Vec<Message<1>>, &'static str> {
         let mut out = Output::default();
-        node.step(input, &mut Quiet, &mut out).map_err(|error| error.what)?;
+        node.step(input, &mut Quiet::default(), &mut out).map_err(|error| error.what)?;
         Ok(out.sends.into_iter().map(|(_, message)| message).collect())
     }
 
@@ -341,7 +341,7 @@ pub(super) mod tests {
             step(&mut home, from(reader, Message::Get { page, write: false, table: false })).unwrap();
         }
         let mut out = Output::default();
-        home.step(Input::Prefetch { pages: 3..7, write: true }, &mut Quiet, &mut out).unwrap();
+        home.step(Input::Prefetch { pages: 3..7, write: true }, &mut Quiet::default(), &mut out).unwrap();
         let run = Message::InvalidateRun { page: 3, count: 4, requester: 0 };
         assert_eq!(out.sends, [(1, run.clone()), (2, run)]);
     }

@@ -76,7 +76,7 @@ mod tests {
     fn engine(geometry: &Geometry) -> Engine<4> {
         let mut engine = Engine::new(0, geometry.clone(), std::slice::from_ref(&(0..1)), 0..1, true);
         for page in [1, 5, 6] {
-            engine.step(Input::Fault { page, write: page != 5 }, &mut Quiet, &mut Output::default()).unwrap();
+            engine.step(Input::Fault { page, write: page != 5 }, &mut Quiet::default(), &mut Output::default()).unwrap();
         }
         engine
     }
@@ -97,7 +97,7 @@ mod tests {
             Input::Message { from: 1, message: Message::Promote { page: 3, requester: 0, level: 1, data: Box::default() } },
         ];
         for input in inputs {
-            engine.step(input, &mut Quiet, &mut Output::default()).unwrap();
+            engine.step(input, &mut Quiet::default(), &mut Output::default()).unwrap();
         }
         assert_eq!(engine.replicas(), 1);
         engine

@@ -1,8 +1,7 @@
 //! Tables that rest: replicas which are write-protected and not compared.
 
-use std::ops::Range;
-
-use super::super::{Access, Bug, Engine, Geometry, Input, Memory, Message, Output, PageData, Patience, pte};
+use super::super::memory::Quiet;
+use super::super::{Access, Bug, Engine, Geometry, Input, Message, Output, Patience, pte};
 use super::scenarios::{FLAG, NEW, PATH, ROOT, TABLE, TABLE_HOMES, UPPER, cold, counted, holds, is_caught, published, require, warmed};
 use super::world::{Cpu, Op, W, World};
 
@@ -238,33 +237,6 @@ fn a_table_compared_before_it_rests_and_not_after_is_caught() {
     is_caught("compared before it rests", world, Bug::RestBeforeFreeze, 2, published);
 }
 
-/// Memory whose pages all lie in huge mappings, or none.
-struct Mappings {
-    huge: bool,
-}
-
-impl Memory<W> for Mappings {
-    fn protect(&mut self, _: u32) {}
-    fn unprotect(&mut self, _: u32) {}
-    fn is_in_huge_mapping(&self, _: u32) -> bool {
-        self.huge
-    }
-    fn read(&self, _: u32) -> Box<PageData<W>> {
-        Box::new([0; W])
-    }
-    fn install(&mut self, _: u32, _: &PageData<W>, _: bool) {}
-    fn install_zeros(&mut self, _: Range<u32>) {}
-    fn discard(&mut self, _: u32) {}
-    fn wake(&mut self, _: u32) {}
-    fn load(&self, _: u32, _: usize) -> u64 {
-        0
-    }
-    fn compare_exchange(&mut self, _: u32, _: usize, old: u64, _: u64) -> Result<u64, u64> {
-        Ok(old)
-    }
-    fn differences(&self, _: u32, _: &PageData<W>, _: &mut Vec<(u16, u64)>) {}
-}
-
 /// How many of so many replicas in one block come to rest.
 fn resting_of(replicas: u32, huge: bool) -> usize {
     let geometry = Geometry::new(&[(0, 64)], &[32, 32]);
@@ -272,7 +244,7 @@ fn resting_of(replicas: u32, huge: bool) -> usize {
     let mut engine: Engine<W> = Engine::new(1, geometry, &[], 0..32, true);
     engine.take_zeros_by(1, 32);
     engine.rest_after(Patience { first: 2, most: 4, leave: 0 });
-    let (mut memory, mut out) = (Mappings { huge }, Output::default());
+    let (mut memory, mut out) = (Quiet { huge }, Output::default());
     let mut step = |engine: &mut Engine<W>, input| engine.step(input, &mut memory, &mut out).unwrap();
     for page in 0..replicas {
         step(&mut engine, Input::Fault { page, write: true });
