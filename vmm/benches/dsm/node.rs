@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use krg_dsm::memory::GuestRam;
@@ -363,6 +363,16 @@ pub struct Bare {
     memory: Arc<Mutex<krg_dsm::memory::UffdMemory>>,
     /// Where pages come from, if not from here.
     source: Arc<Mutex<Option<Arc<Mutex<floor::Bare>>>>>,
+    /// How long each took to come from there.
+    trips: Arc<Mutex<Vec<Duration>>>,
+}
+
+/// What faults took whose pages came over the bare network.
+pub struct Fetched {
+    /// The touches, in ticks.
+    pub touches: Vec<(u64, u64)>,
+    /// Of each, the round trip: from just before the request is sent until its page is about to be put in place.
+    pub trips: Vec<Duration>,
 }
 
 impl Bare {
@@ -381,6 +391,8 @@ impl Bare {
         let filled = memory.clone();
         let from = Arc::new(Mutex::new(None::<Arc<Mutex<floor::Bare>>>));
         let network = from.clone();
+        let trips = Arc::new(Mutex::new(Vec::new()));
+        let times = trips.clone();
         let answers = std::thread::spawn(move || {
             floor::raise();
             let (mut faults, data) = (Vec::new(), Box::new([1; PAGE_WORDS]));
@@ -391,8 +403,9 @@ impl Bare {
                         filled.lock().unwrap().install(fault.page, &data, fault.write);
                         continue;
                     };
-                    let filled = filled.clone();
+                    let (filled, times, begun) = (filled.clone(), times.clone(), Instant::now());
                     let install = move |page: &[u8]| {
+                        times.lock().unwrap().push(begun.elapsed());
                         let mut words = [0; PAGE_WORDS];
                         words.as_mut_bytes().copy_from_slice(page);
                         filled.lock().unwrap().install(fault.page, &words, fault.write);
@@ -413,6 +426,7 @@ impl Bare {
             stop,
             memory,
             source: from,
+            trips,
         })
     }
 
@@ -427,11 +441,12 @@ impl Bare {
 
     /// The same with every page fetched over the bare network: what no fault can be faster than that has to ask another
     /// node, whatever that does.
-    pub fn run_over(&self, network: &Arc<Mutex<floor::Bare>>, job: Job) -> anyhow::Result<Vec<(u64, u64)>> {
+    pub fn run_over(&self, network: &Arc<Mutex<floor::Bare>>, job: Job) -> anyhow::Result<Fetched> {
         *self.source.lock().unwrap() = Some(network.clone());
-        let times = self.run(job);
+        let touches = self.run(job);
         *self.source.lock().unwrap() = None;
-        times
+        let trips = std::mem::take(&mut *self.trips.lock().unwrap());
+        Ok(Fetched { touches: touches?, trips })
     }
 
     /// The same with the pages there before: what the guest's reading and KVM's own faults take.
