@@ -42,6 +42,8 @@ def cargo(words, log, limit, directory=REPO, **variables):
     log.parent.mkdir(parents=True, exist_ok=True)
     # Without a terminal cargo shows no progress; colours would only hide the words.
     environment = dict(os.environ, CARGO_TERM_COLOR="never", RUST_BACKTRACE="1", **variables)
+    # Would have the simulator run one seed alone.
+    environment.pop("KRG_SIM_SEED", None)
     with open(log, "wb") as file:
         child = subprocess.Popen(["cargo", *words], cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=file,
                                  stderr=subprocess.STDOUT, start_new_session=True)

@@ -288,7 +288,8 @@ def contract(hosts):
         if line.startswith(("tcp:", "rdma:")) or "FAILED" in line:
             say(f"     {line}")
     counts = Counts(passed=sum("... ok" in line for line in lines), failed=sum("... FAILED" in line for line in lines))
-    if not all(any(line.startswith(f"test {kind}::") for line in lines) for kind in ("tcp", "rdma")):
+    tried = {kind: sum(line.startswith(f"test {kind}::") for line in lines) for kind in ("tcp", "rdma")}
+    if not all(count and f"{kind}: all {count} tried" in lines for kind, count in tried.items()):
         raise LabError(f"contract: not all was tried: {lines[-3:]}")
     say(f"     what every transport promises, between h0 and h1: {counts}")
     return counts

@@ -22,6 +22,8 @@ const CHUNK: usize = 256 << 10;
 const KEEP: usize = 4 << 20;
 /// How often a writer that waits for the network looks around.
 const LOOK: Duration = Duration::from_millis(100);
+/// Waited before a network that had room and took nothing is tried again.
+const SHORT_OF_MEMORY: Duration = Duration::from_millis(1);
 
 /// One peer's stream with its outbound queue.
 #[derive(Debug)]
@@ -183,6 +185,7 @@ impl Link {
         // Looking twice an interval keeps the gap between two frames below one interval.
         let interval = self.config.heartbeat / 2;
         let mut next_look = Instant::now() + interval;
+        let mut refused = false;
         let mut outbound = self.lock();
         while !outbound.ended {
             if !outbound.queue.is_empty() {
@@ -206,7 +209,13 @@ impl Link {
                     Ok(sent) => {
                         drop(outbound);
                         if sent == 0 {
+                            // A host short of memory refuses what poll(2) says there is room for.
+                            if std::mem::replace(&mut refused, true) {
+                                std::thread::sleep(SHORT_OF_MEMORY);
+                            }
                             socket::wait_writable(&self.stream, LOOK);
+                        } else {
+                            refused = false;
                         }
                         outbound = self.lock();
                     }

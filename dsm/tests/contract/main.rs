@@ -82,5 +82,7 @@ fn run(kind: Kind, far: SocketAddr, name: &str) -> bool {
             }
         }
     }
+    let count = SCENARIOS.iter().filter(|scenario| scenario.name.contains(name)).count();
+    println!("{kind}: all {count} tried");
     good
 }

@@ -26,7 +26,10 @@ pub(super) fn is_caught(name: &str, mut world: World, bug: Bug, intrusions: usiz
     world.plant(bug);
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(name, world, intrusions, end)));
     match caught {
-        Ok(report) => assert!(report.failure.is_some(), "{name}: the planted bug {bug:?} was not found"),
+        Ok(report) => {
+            assert!(report.failure.is_some(), "{name}: the planted bug {bug:?} was not found");
+            assert!(report.states <= LIMIT, "{name}: with the planted bug {bug:?} there are too many states to look at");
+        }
         Err(_) => println!("{name}: the planted bug {bug:?} broke an assertion"),
     }
 }

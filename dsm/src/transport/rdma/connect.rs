@@ -1,7 +1,7 @@
 //! Making the connections to all peers.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ const MESSAGE_SLOTS: u16 = 128;
 /// find all of it under way before it, as on `rdma_rxe`. What finds no room waits where it is.
 const BLOCK_SLOTS: u16 = 32;
 
-/// How long a peer may take to describe its ends: it may still be busy with its memory.
+/// How long all peers may take to describe their ends and to be ready: they may still be busy with their memory.
 const DESCRIBE: Duration = Duration::from_secs(20);
 /// How long the first message may take once both ends are connected.
 const GREET: Duration = Duration::from_secs(3);
@@ -71,8 +71,9 @@ pub fn connect(peers: Vec<Option<TcpStream>>, config: Config) -> Result<Vec<Opti
         let packet = |pair: u8| random.hash_one((peer, pair)) as u32;
         Opened::describe(stream, &ports, [packet(0), packet(1)])
     })?;
-    let connected = each(opened, |_, opened| opened.connect())?;
-    let greeted = each(connected, |peer, connected| connected.greet(peer, config))?;
+    let until = Instant::now() + DESCRIBE;
+    let connected = each(opened, |_, opened| opened.connect(until))?;
+    let greeted = each(connected, |peer, connected| connected.greet(peer, config, until))?;
     each(greeted, |_, peer| {
         peer.links().into_iter().try_for_each(|link| await_greeting(link))?;
         Ok(peer)
@@ -102,7 +103,6 @@ impl Opened {
         ];
         stream.set_nonblocking(false).map_err(stream_error)?;
         stream.set_nodelay(true).map_err(stream_error)?;
-        stream.set_read_timeout(Some(DESCRIBE)).map_err(stream_error)?;
         (&stream)
             .write_all(&ends.each_ref().map(|end| end.describe().encode()).concat())
             .map_err(stream_error)?;
@@ -110,11 +110,11 @@ impl Opened {
     }
 
     /// Connects the ends to those that the peer describes.
-    fn connect(mut self) -> Result<Self, RdmaError> {
+    fn connect(mut self, until: Instant) -> Result<Self, RdmaError> {
         // One after the other, since another version may have more or less to tell.
         for end in &mut self.ends {
             let mut description = [0; exchange::SIZE];
-            self.stream.read_exact(&mut description).map_err(stream_error)?;
+            read_until(&self.stream, &mut description, until)?;
             end.connect(&Description::decode(&description, end.slots())?)?;
         }
         self.stream.write_all(&[READY]).map_err(stream_error)?;
@@ -122,12 +122,14 @@ impl Opened {
     }
 
     /// Sends the first messages, once the peer can receive them.
-    fn greet(mut self, peer: usize, config: Config) -> Result<Peer, RdmaError> {
+    fn greet(self, peer: usize, config: Config, until: Instant) -> Result<Peer, RdmaError> {
         let mut ready = [0];
-        self.stream.read_exact(&mut ready).map_err(stream_error)?;
+        read_until(&self.stream, &mut ready, until)?;
         if ready != [READY] {
             return Err(BadDescription::Magic.into());
         }
+        // From now on it is looked at, and never waited for.
+        self.stream.set_nonblocking(true).map_err(stream_error)?;
         let peer = Peer::new(peer, self.stream, self.ends, config)?;
         for link in peer.links() {
             link.greet().map_err(RdmaError::First)?;
@@ -136,10 +138,28 @@ impl Opened {
     }
 }
 
+/// Fills `bytes`, however slowly they come, but not after `until`.
+fn read_until(mut stream: &TcpStream, bytes: &mut [u8], until: Instant) -> Result<(), RdmaError> {
+    let mut read = 0;
+    while read < bytes.len() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(RdmaError::Stream(Errno(libc::ETIMEDOUT)));
+        }
+        stream.set_read_timeout(Some(left)).map_err(stream_error)?;
+        match stream.read(&mut bytes[read..]) {
+            Ok(0) => return Err(RdmaError::GaveUp),
+            Ok(some) => read += some,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(stream_error(error)),
+        }
+    }
+    Ok(())
+}
+
 fn stream_error(error: std::io::Error) -> RdmaError {
     match error.kind() {
-        std::io::ErrorKind::UnexpectedEof => RdmaError::GaveUp,
-        std::io::ErrorKind::WouldBlock => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
+        ErrorKind::WouldBlock => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
         _ => RdmaError::Stream(Errno::of(&error)),
     }
 }

@@ -277,16 +277,21 @@ impl Link {
                 other => break other,
             }
         };
-        let result = result.and_then(|_| {
-            if outbound.credits.update_due() && self.may_update(&mut outbound)? {
-                self.post(&mut outbound, 0)?;
-                outbound.active = true;
-            }
-            Ok(())
-        });
-        if let Err(reason) = result {
-            self.give_up(&mut outbound, reason);
+        let result = result.and_then(|_| self.update(&mut outbound));
+        match result {
+            Ok(()) if outbound.credits.update_due() => self.changed.notify_one(),
+            Ok(()) => {}
+            Err(reason) => self.give_up(&mut outbound, reason),
         }
+    }
+
+    /// Tells the peer of its room, if it should know and there is a slot for that.
+    fn update(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
+        if outbound.credits.update_due() && self.may_update(outbound)? {
+            self.post(outbound, 0)?;
+            outbound.active = true;
+        }
+        Ok(())
     }
 
     fn may_update(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
@@ -342,9 +347,12 @@ impl Link {
         while !outbound.ended {
             let now = Instant::now();
             let flushing = outbound.flush_until.is_some();
-            let result = if now >= next_look || flushing || !outbound.queue.is_empty() {
+            let owes = !outbound.queue.is_empty() || outbound.credits.update_due();
+            let result = if now >= next_look || flushing || owes {
                 // An error of the device shows in what was sent.
-                self.retire(&mut outbound).and_then(|()| self.drain(&mut outbound))
+                self.retire(&mut outbound)
+                    .and_then(|()| self.drain(&mut outbound))
+                    .and_then(|more| self.update(&mut outbound).map(|()| more))
             } else {
                 Ok(false)
             };
@@ -379,7 +387,7 @@ impl Link {
                     outbound.active = false;
                 }
             }
-            let busy = flushing || !outbound.queue.is_empty();
+            let busy = flushing || !outbound.queue.is_empty() || outbound.credits.update_due();
             let wait = if busy {
                 LOOK.min(interval)
             } else {
