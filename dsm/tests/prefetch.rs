@@ -56,6 +56,11 @@ impl Node {
     fn counters(&self) -> Counters {
         self.dsm.counters().unwrap().0
     }
+
+    /// Bytes that came from the other node.
+    fn bytes_in(&self) -> u64 {
+        [0, 1].map(|node| self.transport.count(node).total().bytes_in).iter().sum()
+    }
 }
 
 /// Node 0, and node 1, which has written to every page homed with it: its number.
@@ -121,10 +126,27 @@ fn streams_of_writes_take_memory_nobody_wrote_without_data() {
         assert!(c.write_faults < u64::from(count) / 10, "{name}: {} faults for {count} pages", c.write_faults);
         // Where home wrote it may have taken a whole block, and that goes with what it holds.
         assert!(c.pages_in <= 512 && home.pages_out <= 512, "{name}: {} pages with data", c.pages_in);
+        let bytes = nodes[1].bytes_in();
+        assert!(bytes < c.pages_in * 4200 + u64::from(count) * 64, "{name}: {bytes} bytes came for {} pages with data", c.pages_in);
         assert!(c.blocks_in >= 12 || step == 3, "{name}: {} of 16 blocks came whole", c.blocks_in);
         for n in 0..count {
             assert_eq!(nodes[0].word(page(n)).load(SeqCst), 1 << 32 | if n == 700 { 5 } else { 0 }, "{name}: page {}", page(n));
         }
+        stop(nodes);
+    }
+}
+
+#[test]
+fn streams_of_reads_of_memory_nobody_wrote_bring_no_data() {
+    for (name, step, count) in [("all", 1, PAGES), ("every third", 3, 2700)] {
+        let nodes = two();
+        for page in (0..count).map(|n| n * step) {
+            assert_eq!(nodes[1].word(page).load(SeqCst), 0, "{name}: page {page}");
+        }
+        let (c, bytes) = (nodes[1].counters(), nodes[1].bytes_in());
+        println!("{name}: {count} pages, {} faults, {} asked for, {} not given, {} blocks, {bytes} bytes", c.read_faults, c.prefetches, c.prefetches_refused, c.blocks_in);
+        assert_eq!((c.pages_in, nodes[0].counters().pages_out), (0, 0), "{name}");
+        assert!(bytes < u64::from(count) * 64, "{name}: {bytes} bytes");
         stop(nodes);
     }
 }
