@@ -6,6 +6,7 @@
 //! urgently ([`Transport::send_from`]) may go another way, on which only they keep their order.
 
 mod counters;
+mod deadline;
 mod ends;
 mod frame;
 mod link;
@@ -16,6 +17,7 @@ mod tcp;
 mod threads;
 
 pub use counters::{ClassCount, PeerCount};
+pub use deadline::Deadline;
 pub use frame::{HEARTBEAT, MAX_PAYLOAD, Malformed};
 pub use queue::Body;
 pub use socket::prepare;

@@ -111,9 +111,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let scattered = |touch, n, seed| Job::scattered(touch, arena(n), PAGES, TOUCHES, seed * 977);
     for round in 0..bench.rounds {
         let trips = bench.network.lock().unwrap().round_trips(TOUCHES as usize)?;
-        trips
-            .into_iter()
-            .for_each(|t| trip.add(t.as_secs_f64() * 1e6));
+        trips.into_iter().for_each(|time| trip.took(time));
         let bare = bench
             .faults
             .run(Job::scattered(Touch::Read, ARENA, PAGES, TOUCHES, round * 977))?;
@@ -121,7 +119,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         let job = Job::scattered(Touch::Read, ARENA, PAGES, TOUCHES, round * 977 + 1);
         let over = bench.faults.run_over(&bench.network, job)?;
         bench.add_all(&[over.touches], &mut fetched);
-        over.trips.into_iter().for_each(|t| within.add(t.as_secs_f64() * 1e6));
+        over.trips.into_iter().for_each(|time| within.took(time));
 
         // The owner writes its pages again, so that it alone has them.
         let job = scattered(Touch::Read, 0, round);
@@ -193,7 +191,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     figures.section("Floors");
     figures.times("4 KiB round trip, bare transport", &trip, None);
     figures.times("userfaultfd resolve, bare", &resolve, None);
-    // The same program and the same messages; what is more is what the guest's exit before it left cold.
+    // The same messages; what is more comes of the guest that ran before: caches that are cold, threads that sleep longer.
     figures.times("the same round trip for a fault of a guest", &within, Some(trip.three()));
     figures.times("both as one: a fault answered by the bare transport", &fetched, Some(floor));
     figures.section("Faults; the floor is the sum of the two above");

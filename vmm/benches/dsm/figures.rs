@@ -1,5 +1,7 @@
 //! Times gathered, and figures as people and machines read them.
 
+use std::time::Duration;
+
 use hdrhistogram::Histogram;
 use serde_json::json;
 
@@ -15,6 +17,11 @@ impl Times {
     /// Adds a time in microseconds.
     pub fn add(&mut self, us: f64) {
         self.0.saturating_record((us * 1000.0) as u64);
+    }
+
+    /// Adds a time.
+    pub fn took(&mut self, time: Duration) {
+        self.add(time.as_secs_f64() * 1e6);
     }
 
     pub fn mean(&self) -> f64 {

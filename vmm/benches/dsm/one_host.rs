@@ -87,7 +87,7 @@ fn between(mut near: impl End, mut far: impl End, times: &mut Times) -> anyhow::
             (0..TRIPS).try_for_each(|_| {
                 let begun = Instant::now();
                 near.send(&[1; REQUEST]).and_then(|()| near.receive(&mut page))?;
-                times.add(begun.elapsed().as_secs_f64() * 1e6);
+                times.took(begun.elapsed());
                 Ok(())
             })
         });

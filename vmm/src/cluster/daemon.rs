@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use krg_dsm::transport::Streams;
+use krg_dsm::transport::{Deadline, Streams};
 
 use super::errno;
-use super::handshake::{self, Deadline, HANDSHAKE_LIMIT, Role};
+use super::handshake::{self, HANDSHAKE_LIMIT, Role};
 use super::mesh::Acceptance;
 use super::node_session;
 use super::offer::Offer;
@@ -225,7 +225,7 @@ impl Daemon {
         }
         let shared = self.shared.clone();
         let spawned = thread::Builder::new().name("connection".into()).spawn(move || {
-            let result = handshake::accept(&mut Deadline::new(&stream), |role| key_for(&shared, role));
+            let result = handshake::accept(&mut Deadline::new(&stream, Instant::now() + HANDSHAKE_LIMIT), |role| key_for(&shared, role));
             shared.handshakes().retain(|(other, _)| *other != number);
             match result {
                 Ok(role) => admit(&shared, stream, from, role),

@@ -15,6 +15,8 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Deadline;
+
 use super::secret::{Secret, random_bytes};
 
 /// Version of everything that nodes and front ends say to each other.
@@ -258,47 +260,6 @@ fn proof(secret: &Secret, side: &str, connector: &[u8], acceptor: &[u8]) -> blak
     secret.mac(&message)
 }
 
-/// A stream on which everything together has to be done by one point in time.
-pub struct Deadline<'a> {
-    stream: &'a TcpStream,
-    end: Instant,
-}
-
-impl<'a> Deadline<'a> {
-    /// Gives `stream` [`HANDSHAKE_LIMIT`] from now.
-    pub fn new(stream: &'a TcpStream) -> Self {
-        Self {
-            stream,
-            end: Instant::now() + HANDSHAKE_LIMIT,
-        }
-    }
-
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.end.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
-            left => Ok(Some(left)),
-        }
-    }
-}
-
-impl Read for Deadline<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        self.stream.read(buffer)
-    }
-}
-
-impl Write for Deadline<'_> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        self.stream.write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Connects to `address` and authenticates, within [`HANDSHAKE_LIMIT`] each. The stream comes
 /// back without time limits and without Nagle's delay.
 ///
@@ -306,7 +267,7 @@ impl Write for Deadline<'_> {
 /// Says whether the host could not be reached or did not accept us.
 pub fn dial(address: SocketAddr, role: Role, secret: &Secret) -> Result<TcpStream, DialError> {
     let stream = TcpStream::connect_timeout(&address, HANDSHAKE_LIMIT).map_err(DialError::Unreachable)?;
-    connect(&mut Deadline::new(&stream), role, secret)?;
+    connect(&mut Deadline::new(&stream, Instant::now() + HANDSHAKE_LIMIT), role, secret)?;
     settle(&stream).map_err(HandshakeError::Io)?;
     Ok(stream)
 }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krg_dsm::transport::Deadline;
+
 use super::errno;
 use super::metrics::CONTENT_TYPE;
 
@@ -100,16 +102,11 @@ enum Asked {
 }
 
 /// Reads until the request is complete; its body, if it has one, is nobody's.
-fn read_request(mut client: &TcpStream) -> io::Result<Asked> {
-    let end = Instant::now() + LIMIT;
+fn read_request(client: &TcpStream) -> io::Result<Asked> {
+    let mut client = Deadline::new(client, Instant::now() + LIMIT);
     let mut bytes = Vec::new();
     let mut buffer = [0; 1024];
     loop {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        client.set_read_timeout(Some(left))?;
         let count = client.read(&mut buffer)?;
         bytes.extend_from_slice(&buffer[..count]);
         if let Some(asked) = parse(&bytes) {

@@ -12,7 +12,7 @@ use super::link::{self, Link};
 use super::verbs::{Completion, Endpoint, VerbsError};
 use super::{Peer, credits};
 use crate::errno::Errno;
-use crate::transport::{Config, LostReason, TransportError};
+use crate::transport::{Config, Deadline, LostReason, TransportError};
 
 /// Slots of each ring for messages: 2 MiB.
 const MESSAGE_SLOTS: u16 = 128;
@@ -114,7 +114,7 @@ impl Opened {
         // One after the other, since another version may have more or less to tell.
         for end in &mut self.ends {
             let mut description = [0; exchange::SIZE];
-            read_until(&self.stream, &mut description, until)?;
+            Deadline::new(&self.stream, until).read_exact(&mut description).map_err(stream_error)?;
             end.connect(&Description::decode(&description, end.slots())?)?;
         }
         self.stream.write_all(&[READY]).map_err(stream_error)?;
@@ -124,7 +124,7 @@ impl Opened {
     /// Sends the first messages, once the peer can receive them.
     fn greet(self, peer: usize, config: Config, until: Instant) -> Result<Peer, RdmaError> {
         let mut ready = [0];
-        read_until(&self.stream, &mut ready, until)?;
+        Deadline::new(&self.stream, until).read_exact(&mut ready).map_err(stream_error)?;
         if ready != [READY] {
             return Err(BadDescription::Magic.into());
         }
@@ -138,28 +138,10 @@ impl Opened {
     }
 }
 
-/// Fills `bytes`, however slowly they come, but not after `until`.
-fn read_until(mut stream: &TcpStream, bytes: &mut [u8], until: Instant) -> Result<(), RdmaError> {
-    let mut read = 0;
-    while read < bytes.len() {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(RdmaError::Stream(Errno(libc::ETIMEDOUT)));
-        }
-        stream.set_read_timeout(Some(left)).map_err(stream_error)?;
-        match stream.read(&mut bytes[read..]) {
-            Ok(0) => return Err(RdmaError::GaveUp),
-            Ok(some) => read += some,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(stream_error(error)),
-        }
-    }
-    Ok(())
-}
-
 fn stream_error(error: std::io::Error) -> RdmaError {
     match error.kind() {
-        ErrorKind::WouldBlock => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
+        ErrorKind::UnexpectedEof => RdmaError::GaveUp,
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
         _ => RdmaError::Stream(Errno::of(&error)),
     }
 }

@@ -79,6 +79,11 @@ impl Outbound {
     fn under_way(&self) -> u64 {
         self.credits.sent() - self.retired
     }
+
+    /// Whether there is something to send that found no slot: frames, or an update.
+    fn owes(&self) -> bool {
+        !self.queue.is_empty() || self.credits.update_due()
+    }
 }
 
 impl Link {
@@ -347,8 +352,7 @@ impl Link {
         while !outbound.ended {
             let now = Instant::now();
             let flushing = outbound.flush_until.is_some();
-            let owes = !outbound.queue.is_empty() || outbound.credits.update_due();
-            let result = if now >= next_look || flushing || owes {
+            let result = if now >= next_look || flushing || outbound.owes() {
                 // An error of the device shows in what was sent.
                 self.retire(&mut outbound)
                     .and_then(|()| self.drain(&mut outbound))
@@ -387,8 +391,7 @@ impl Link {
                     outbound.active = false;
                 }
             }
-            let busy = flushing || !outbound.queue.is_empty() || outbound.credits.update_due();
-            let wait = if busy {
+            let wait = if flushing || outbound.owes() {
                 LOOK.min(interval)
             } else {
                 next_look.saturating_duration_since(now)
