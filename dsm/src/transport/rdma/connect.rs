@@ -1,7 +1,7 @@
 //! Making the connections to all peers.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::link::{self, Link};
 use super::verbs::{Completion, Endpoint, VerbsError};
 use super::{Peer, credits};
 use crate::errno::Errno;
-use crate::transport::{Config, Deadline, LostReason, TransportError};
+use crate::transport::{Config, LostReason, TransportError};
 
 /// Slots of each ring for messages: 2 MiB.
 const MESSAGE_SLOTS: u16 = 128;
@@ -20,7 +20,7 @@ const MESSAGE_SLOTS: u16 = 128;
 /// find all of it under way before it, as on `rdma_rxe`. What finds no room waits where it is.
 const BLOCK_SLOTS: u16 = 32;
 
-/// How long all peers may take to describe their ends and to be ready: they may still be busy with their memory.
+/// How long a peer may take to describe its ends: it may still be busy with its memory.
 const DESCRIBE: Duration = Duration::from_secs(20);
 /// How long the first message may take once both ends are connected.
 const GREET: Duration = Duration::from_secs(3);
@@ -71,9 +71,8 @@ pub fn connect(peers: Vec<Option<TcpStream>>, config: Config) -> Result<Vec<Opti
         let packet = |pair: u8| random.hash_one((peer, pair)) as u32;
         Opened::describe(stream, &ports, [packet(0), packet(1)])
     })?;
-    let until = Instant::now() + DESCRIBE;
-    let connected = each(opened, |_, opened| opened.connect(until))?;
-    let greeted = each(connected, |peer, connected| connected.greet(peer, config, until))?;
+    let connected = each(opened, |_, opened| opened.connect())?;
+    let greeted = each(connected, |peer, connected| connected.greet(peer, config))?;
     each(greeted, |_, peer| {
         peer.links().into_iter().try_for_each(|link| await_greeting(link))?;
         Ok(peer)
@@ -103,6 +102,7 @@ impl Opened {
         ];
         stream.set_nonblocking(false).map_err(stream_error)?;
         stream.set_nodelay(true).map_err(stream_error)?;
+        stream.set_read_timeout(Some(DESCRIBE)).map_err(stream_error)?;
         (&stream)
             .write_all(&ends.each_ref().map(|end| end.describe().encode()).concat())
             .map_err(stream_error)?;
@@ -110,11 +110,11 @@ impl Opened {
     }
 
     /// Connects the ends to those that the peer describes.
-    fn connect(mut self, until: Instant) -> Result<Self, RdmaError> {
+    fn connect(mut self) -> Result<Self, RdmaError> {
         // One after the other, since another version may have more or less to tell.
         for end in &mut self.ends {
             let mut description = [0; exchange::SIZE];
-            Deadline::new(&self.stream, until).read_exact(&mut description).map_err(stream_error)?;
+            self.stream.read_exact(&mut description).map_err(stream_error)?;
             end.connect(&Description::decode(&description, end.slots())?)?;
         }
         self.stream.write_all(&[READY]).map_err(stream_error)?;
@@ -122,14 +122,12 @@ impl Opened {
     }
 
     /// Sends the first messages, once the peer can receive them.
-    fn greet(self, peer: usize, config: Config, until: Instant) -> Result<Peer, RdmaError> {
+    fn greet(mut self, peer: usize, config: Config) -> Result<Peer, RdmaError> {
         let mut ready = [0];
-        Deadline::new(&self.stream, until).read_exact(&mut ready).map_err(stream_error)?;
+        self.stream.read_exact(&mut ready).map_err(stream_error)?;
         if ready != [READY] {
             return Err(BadDescription::Magic.into());
         }
-        // From now on it is looked at, and never waited for.
-        self.stream.set_nonblocking(true).map_err(stream_error)?;
         let peer = Peer::new(peer, self.stream, self.ends, config)?;
         for link in peer.links() {
             link.greet().map_err(RdmaError::First)?;
@@ -140,8 +138,8 @@ impl Opened {
 
 fn stream_error(error: std::io::Error) -> RdmaError {
     match error.kind() {
-        ErrorKind::UnexpectedEof => RdmaError::GaveUp,
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
+        std::io::ErrorKind::UnexpectedEof => RdmaError::GaveUp,
+        std::io::ErrorKind::WouldBlock => RdmaError::Stream(Errno(libc::ETIMEDOUT)),
         _ => RdmaError::Stream(Errno::of(&error)),
     }
 }

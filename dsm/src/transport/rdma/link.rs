@@ -79,11 +79,6 @@ impl Outbound {
     fn under_way(&self) -> u64 {
         self.credits.sent() - self.retired
     }
-
-    /// Whether there is something to send that found no slot: frames, or an update.
-    fn owes(&self) -> bool {
-        !self.queue.is_empty() || self.credits.update_due()
-    }
 }
 
 impl Link {
@@ -282,21 +277,16 @@ impl Link {
                 other => break other,
             }
         };
-        let result = result.and_then(|_| self.update(&mut outbound));
-        match result {
-            Ok(()) if outbound.credits.update_due() => self.changed.notify_one(),
-            Ok(()) => {}
-            Err(reason) => self.give_up(&mut outbound, reason),
+        let result = result.and_then(|_| {
+            if outbound.credits.update_due() && self.may_update(&mut outbound)? {
+                self.post(&mut outbound, 0)?;
+                outbound.active = true;
+            }
+            Ok(())
+        });
+        if let Err(reason) = result {
+            self.give_up(&mut outbound, reason);
         }
-    }
-
-    /// Tells the peer of its room, if it should know and there is a slot for that.
-    fn update(&self, outbound: &mut Outbound) -> Result<(), LostReason> {
-        if outbound.credits.update_due() && self.may_update(outbound)? {
-            self.post(outbound, 0)?;
-            outbound.active = true;
-        }
-        Ok(())
     }
 
     fn may_update(&self, outbound: &mut Outbound) -> Result<bool, LostReason> {
@@ -352,11 +342,9 @@ impl Link {
         while !outbound.ended {
             let now = Instant::now();
             let flushing = outbound.flush_until.is_some();
-            let result = if now >= next_look || flushing || outbound.owes() {
+            let result = if now >= next_look || flushing || !outbound.queue.is_empty() {
                 // An error of the device shows in what was sent.
-                self.retire(&mut outbound)
-                    .and_then(|()| self.drain(&mut outbound))
-                    .and_then(|more| self.update(&mut outbound).map(|()| more))
+                self.retire(&mut outbound).and_then(|()| self.drain(&mut outbound))
             } else {
                 Ok(false)
             };
@@ -391,7 +379,8 @@ impl Link {
                     outbound.active = false;
                 }
             }
-            let wait = if flushing || outbound.owes() {
+            let busy = flushing || !outbound.queue.is_empty();
+            let wait = if busy {
                 LOOK.min(interval)
             } else {
                 next_look.saturating_duration_since(now)
